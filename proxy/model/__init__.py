@@ -1,0 +1,27 @@
+"""Frozen values that every other part of the proxy speaks in. No behaviour beyond what a value can say of itself."""
+
+from proxy.model.lineage import UNATTRIBUTED, Chain, Hop, ProcessImage
+from proxy.model.masks import ColumnMask, Masker
+from proxy.model.operation import Operation, OperationKind, Phase, Relation, StatementFacts
+from proxy.model.ruling import Decision, Reason, Ruling
+from proxy.model.target import Endpoint, Target, TlsMode
+
+__all__ = [
+    "UNATTRIBUTED",
+    "Chain",
+    "ColumnMask",
+    "Decision",
+    "Endpoint",
+    "Hop",
+    "Masker",
+    "Operation",
+    "OperationKind",
+    "Phase",
+    "ProcessImage",
+    "Reason",
+    "Relation",
+    "Ruling",
+    "StatementFacts",
+    "Target",
+    "TlsMode",
+]

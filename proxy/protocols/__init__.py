@@ -1,0 +1,1 @@
+"""Wire protocols as sans-I/O machines, one folder each, found through the registry."""
