@@ -10,6 +10,7 @@ is killed. The worker trusts the host agent.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import msgspec
@@ -72,6 +73,13 @@ class PassCancel(Request, frozen=True, kw_only=True):
     key: bytes
 
 
+class Mustered(Request, frozen=True, kw_only=True):
+    """The worker has connected to the muster address, from `source`, so that the kernel side learns which process image it
+    is. Asked once, first; answered by `Begin`."""
+
+    source: Endpoint
+
+
 class WithdrawHold(msgspec.Struct, frozen=True, tag=True, tag_field="is", kw_only=True):
     """Nobody waits for this approval any more."""
 
@@ -98,7 +106,8 @@ class Alert(msgspec.Struct, frozen=True, tag=True, tag_field="is", kw_only=True)
 
 
 FromWorker = (
-    Attribute
+    Mustered
+    | Attribute
     | FetchSecret
     | FetchCertificate
     | Hold
@@ -130,11 +139,10 @@ class Attributed(Reply, frozen=True, kw_only=True):
 
 
 class Secret(Reply, frozen=True, kw_only=True):
-    """`mask_key` keys the `hash` mask (32 bytes, the same for every session of the host)."""
+    """What the gateway logs in with. Its `repr` shows no password."""
 
     user: str
     password: str
-    mask_key: bytes
 
     def __repr__(self) -> str:
         return f"Secret(user={self.user!r}, password=<redacted>)"
@@ -173,9 +181,13 @@ class Refused(Reply, frozen=True, kw_only=True):
 
 class LoadPolicy(msgspec.Struct, frozen=True, tag=True, tag_field="is", kw_only=True):
     """A new policy version; the descriptor that comes along holds the resolved document (msgpack). Operations that are
-    asked about from now on are ruled by it."""
+    asked about from now on are ruled by it. `mask_key` keys the `hash` mask: 32 bytes, the same for the whole host."""
 
     version: str
+    mask_key: bytes
+
+    def __repr__(self) -> str:
+        return f"LoadPolicy(version={self.version!r}, mask_key=<redacted>)"
 
 
 class CancelSession(msgspec.Struct, frozen=True, tag=True, tag_field="is", kw_only=True):
@@ -184,8 +196,8 @@ class CancelSession(msgspec.Struct, frozen=True, tag=True, tag_field="is", kw_on
     session: str
 
 
-class Begin(msgspec.Struct, frozen=True, tag=True, tag_field="is", kw_only=True):
-    """The worker's own connections are exempt from now on: accept."""
+class Begin(Reply, frozen=True, kw_only=True):
+    """The worker's own connections are exempt from the redirect from now on: accept."""
 
 
 ToWorker = (
@@ -202,12 +214,25 @@ ToWorker = (
 )
 
 
+Push = LoadPolicy | CancelSession
+"""What comes to a worker without having been asked for."""
+
+
 class Unavailable(Exception):  # noqa: N818 - a fact about the host agent
     """The host agent refused or is gone. The message is for the client."""
 
     def __init__(self, message: str, hint: str = "") -> None:
         super().__init__(message)
         self.hint = hint
+
+
+APPROVAL_LETTERS = "23456789ABCDEFGHJKMNPQRSTVWXYZ"
+"""What approval ids are made of: no letter or digit that people confuse."""
+
+
+def new_approval_id(below: Callable[[int], int]) -> str:
+    """`H-` and six letters, e.g. `H-7KQ3F9`; `below(n)` gives a random integer in [0, n)."""
+    return "H-" + "".join(APPROVAL_LETTERS[below(len(APPROVAL_LETTERS))] for _ in range(6))
 
 
 class Attributor(Protocol):

@@ -201,6 +201,13 @@ class Machine(Protocol):
     def farewell(self, message: str, hint: str = "") -> Commands:
         """Tells the client in the protocol's own words why the session ends, as far as its state allows, and closes."""
 
+    def canceller(self) -> Machine | None:
+        """A machine of its own that asks the server, over a connection of its own, to cancel what this session runs: it speaks
+        to the SERVER alone, starts with `begin`, and ends with `Close`. None before the login is done."""
+
+    def begin(self) -> Commands:
+        """The first commands of a machine that speaks first; none for one that waits for its client."""
+
     @property
     def unanswered(self) -> bool:
         """True while client bytes are kept back for an answer: the session stops reading the client when this lasts."""

@@ -1,0 +1,144 @@
+"""The worker's side of the conversation with the host agent: implements every port of `proxy/ports.py`.
+
+When the channel closes, every waiting request fails and the worker ends: without the host agent there is no attribution, no
+credential and no audit, so there is no access.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import socket
+from collections.abc import Callable
+from typing import TypeVar
+
+from proxy import ports
+from proxy.gateway.channel import Channel, decoder
+from proxy.model import Endpoint
+
+R = TypeVar("R", bound=ports.Reply)
+
+ANSWER_TIMEOUT_S = 10.0
+"""How long the host agent may take for anything but a human's decision."""
+HOLD_GRACE_S = 5.0
+"""How much longer than the hold's own timeout the worker waits for its outcome."""
+
+
+class HostLink(ports.Attributor, ports.Broker, ports.Approver, ports.Cancels):
+    """One per worker process."""
+
+    def __init__(
+        self, sock: socket.socket, on_push: Callable[[ports.Push, list[int]], None], on_closed: Callable[[str], None]
+    ) -> None:
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[tuple[ports.Reply, list[int]]]] = {}
+        self._on_push = on_push
+        self._on_lost = on_closed
+        self._channel: Channel[ports.ToWorker] = Channel(sock, decoder(ports.ToWorker), self._received, self._closed)
+
+    async def muster(self, source: Endpoint) -> None:
+        """Waits until the worker's own connections are exempt from the redirect."""
+        _answer(await self._ask(ports.Mustered(id=next(self._ids), source=source)), ports.Begin)
+
+    async def attribute(self, peer: Endpoint, dialled: Endpoint) -> tuple[ports.Attributed, int]:
+        return _with_descriptor(
+            await self._ask(ports.Attribute(id=next(self._ids), peer=peer, dialled=dialled)), ports.Attributed
+        )
+
+    async def secret(self, session: str) -> ports.Secret:
+        return _answer(await self._ask(ports.FetchSecret(id=next(self._ids), session=session)), ports.Secret)
+
+    async def certificate(self, target: str) -> tuple[ports.Certificate, int]:
+        return _with_descriptor(
+            await self._ask(ports.FetchCertificate(id=next(self._ids), target=target)), ports.Certificate
+        )
+
+    async def hold(
+        self, *, session: str, approval: str, operation: int, hop: str, rule: str, preview: str, timeout_s: float
+    ) -> ports.HoldDecided:
+        request = ports.Hold(
+            id=next(self._ids),
+            session=session,
+            approval=approval,
+            operation=operation,
+            hop=hop,
+            rule=rule,
+            preview=preview[:4096],
+            timeout_s=timeout_s,
+        )
+        try:
+            return _answer(await self._ask(request, timeout_s + HOLD_GRACE_S), ports.HoldDecided)
+        except asyncio.CancelledError:
+            self._channel.send(ports.WithdrawHold(approval=approval, why="the client cancelled or left"))
+            raise
+
+    async def cancel_key(self, session: str) -> bytes:
+        return _answer(await self._ask(ports.RegisterCancelKey(id=next(self._ids), session=session)), ports.CancelKey).key
+
+    async def pass_cancel(self, session: str, key: bytes) -> bool:
+        return _answer(
+            await self._ask(ports.PassCancel(id=next(self._ids), session=session, key=key)), ports.CancelPassed
+        ).found
+
+    def closed(self, message: ports.SessionClosed) -> None:
+        """Tells that a session's recording is complete."""
+        self._channel.send(message)
+
+    def alert(self, session: str, text: str) -> None:
+        """Tells the operators."""
+        self._channel.send(ports.Alert(session=session, text=text[:1000]))
+
+    async def _ask(self, request: ports.Request, timeout_s: float = ANSWER_TIMEOUT_S) -> tuple[ports.Reply, list[int]]:
+        future: asyncio.Future[tuple[ports.Reply, list[int]]] = asyncio.get_running_loop().create_future()
+        self._waiting[request.id] = future
+        try:
+            self._channel.send(request)
+            async with asyncio.timeout(timeout_s):
+                return await future
+        except TimeoutError:
+            raise ports.Unavailable(f"the gateway's host agent did not answer within {timeout_s:g} s") from None
+        finally:
+            self._waiting.pop(request.id, None)
+
+    def _received(self, message: ports.ToWorker, descriptors: list[int]) -> None:
+        if not isinstance(message, ports.Reply):
+            self._on_push(message, descriptors)
+            return
+        future = self._waiting.get(message.id)
+        if future is None or future.done():
+            for descriptor in descriptors:
+                os.close(descriptor)
+            return
+        future.set_result((message, descriptors))
+
+    def _closed(self, why: str) -> None:
+        for future in self._waiting.values():
+            if not future.done():
+                future.set_exception(ports.Unavailable("the gateway's host agent is gone"))
+        self._on_lost(why)
+
+
+def _answer(received: tuple[ports.Reply, list[int]], expected: type[R]) -> R:
+    reply, descriptors = received
+    for descriptor in descriptors:
+        os.close(descriptor)
+    return _checked(reply, expected)
+
+
+def _with_descriptor(received: tuple[ports.Reply, list[int]], expected: type[R]) -> tuple[R, int]:
+    reply, descriptors = received
+    checked = _checked(reply, expected)
+    if len(descriptors) != 1:
+        raise ports.Unavailable(f"the gateway's host agent sent `{len(descriptors)}` descriptors where one belongs")
+    return checked, descriptors[0]
+
+
+def _checked(reply: ports.Reply, expected: type[R]) -> R:
+    match reply:
+        case expected():
+            return reply
+        case ports.Refused(message=message, hint=hint):
+            raise ports.Unavailable(message, hint)
+        case _:
+            raise ports.Unavailable(f"the gateway's host agent answered `{type(reply).__name__}` out of turn")

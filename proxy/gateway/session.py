@@ -1,0 +1,606 @@
+"""One client connection, from accept to close: owns both sockets, the protocol's machine, the judge and the recording.
+
+    OPENING ---> SERVING ---> CLOSED
+       who is it?   |  bytes -> machine -> commands -> here
+                    |  AskRuling: judge.decide, *recorded*, then answered
+                    +- a hold waits in a task of its own; the machine keeps the client's further bytes
+
+Everything that the machine asks for is carried out in order. What waits for somebody (login, connect, handshake, hold) runs
+in one task at a time, and the machine is told when it is over.
+
+Blind spots: an idle session has no deadline; a client that stops reading keeps its buffers (bounded by the high-water mark)
+until it goes away.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, assert_never, cast
+
+import structlog
+
+from proxy import ports
+from proxy.gateway import tls, upstream
+from proxy.model import Chain, Decision, Endpoint, Reason, Ruling, Target
+from proxy.protocols import base, registry
+from proxy.protocols.base import Side
+from proxy.recording.writer import AuditUnavailable, Writer
+
+if TYPE_CHECKING:
+    from proxy.gateway.worker import Worker
+    from proxy.policy.decide import Judge
+
+log = structlog.get_logger()
+
+HIGH_WATER = 256 * 1024
+"""Bytes that wait for one peer before the other is no longer read."""
+BACKLOG = 1024 * 1024
+"""Client bytes taken in while an answer is awaited; up to here a disconnect is noticed at once."""
+LOGIN_TIMEOUT_S = 60.0
+"""From accept to the end of the login, like the server's own `authentication_timeout`."""
+FLUSH_TIMEOUT_S = 10.0
+"""How long a closed session may take to deliver its last bytes."""
+HINT_AUDIT = "nothing runs unrecorded: tell the operators of this runner (`hopgate status`)"
+
+
+class Peer(asyncio.Protocol):
+    """One side's socket as the loop sees it."""
+
+    def __init__(self, session: Session, side: Side) -> None:
+        self.session = session
+        self.side = side
+        self.transport: asyncio.Transport | None = None
+        self.closed = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+        self.transport.set_write_buffer_limits(high=HIGH_WATER)
+        if self.side is Side.CLIENT:
+            self.session.accepted(self.transport)
+
+    def data_received(self, data: bytes) -> None:
+        self.session.received(self.side, data)
+
+    def eof_received(self) -> bool:
+        self.session.ended(self.side)
+        return True
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.closed = True
+        self.session.lost(self.side)
+
+    def pause_writing(self) -> None:
+        self.session.congested(self.side, True)
+
+    def resume_writing(self) -> None:
+        self.session.congested(self.side, False)
+
+
+class Session:
+    """Made by the listener for each accepted connection."""
+
+    def __init__(self, worker: Worker) -> None:
+        self.worker = worker
+        self.id = ""
+        self.client = Peer(self, Side.CLIENT)
+        self.server: Peer | None = None
+        self.chain: Chain | None = None
+        self.target: Target | None = None
+        self.database = ""
+        self.judge: Judge | None = None
+        self.machine: base.Machine | None = None
+        self.recording: Writer | None = None
+        self.operations = 0
+        self.denied = 0
+        self._dialled = Endpoint("", 0)
+        self._derived: tuple[tuple[str, str], ...] = ()
+        self._task: asyncio.Task[None] | None = None
+        self._held: tuple[base.AskRuling, Ruling] | None = None
+        self._deadline: asyncio.TimerHandle | None = None
+        self._audit_lost = ""
+        self._backlog = 0
+        self._paused: dict[Side, set[str]] = {Side.CLIENT: set(), Side.SERVER: set()}
+        self._early: list[bytes] = []
+        self._securing: Side | None = None
+        self._closing = False
+        self._finished = False
+
+    # --- opening ------------------------------------------------------------------------------------------------------
+
+    def accepted(self, transport: asyncio.Transport) -> None:
+        """A client is there: nothing of it is read before it is known who it is."""
+        self._pause(Side.CLIENT, "opening")
+        self._deadline = asyncio.get_running_loop().call_later(LOGIN_TIMEOUT_S, self._login_expired)
+        self._start(self._open(transport))
+
+    async def _open(self, transport: asyncio.Transport) -> None:
+        sock = transport.get_extra_info("socket")
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            peer, dialled = self.worker.endpoints(sock)
+            attributed, descriptor = await self.worker.link.attribute(peer, dialled)
+        except (OSError, ports.Unavailable) as error:
+            # not even a recording: the host agent logs what it refused, and there is nothing to say it to
+            log.error("connection dropped", why=tls.explain(error))
+            self._drop()
+            return
+        self.id = attributed.session
+        self.recording = Writer(
+            descriptor, attributed.session, attributed.records, bytes.fromhex(attributed.digest), self.worker.clock
+        )
+        self.worker.sessions[self.id] = self
+        self.chain = attributed.chain
+        self._dialled = dialled
+        self.target = self.worker.policy.targets.get(attributed.target)
+        refusal = None
+        if attributed.refusal:
+            refusal = base.Refusal(attributed.refusal, attributed.hint)
+        elif self.target is None or self.chain is None:
+            refusal = base.Refusal(f"target `{attributed.target}` is not in the policy of this worker", "connect again")
+        factory = registry.find(attributed.protocol)
+        if factory is None:
+            self._close(f"no protocol for {dialled}: {attributed.refusal or 'refused'}")
+            return
+        self.machine = factory(offer_tls=self.worker.offer_tls and refusal is None, refusal=refusal)
+        self._resume(Side.CLIENT, "opening")
+
+    def _login_expired(self) -> None:
+        self.farewell("the login took too long", f"it has to be done in {LOGIN_TIMEOUT_S:g} s")
+
+    # --- what the sockets tell ----------------------------------------------------------------------------------------
+
+    def received(self, side: Side, data: bytes) -> None:
+        """Bytes of one side; carries out what the machine makes of them."""
+        machine = self.machine
+        if machine is None or self._closing:
+            return
+        if self._securing is not None and side is self._securing:
+            self._early.append(data)
+            return
+        try:
+            self._carry_out(machine.receive(side, data))
+        except base.PeerViolation as violation:
+            self._violated(violation)
+            return
+        if side is Side.CLIENT and machine.unanswered:
+            self._backlog += len(data)
+            if self._backlog > BACKLOG:
+                self._pause(Side.CLIENT, "backlog")
+
+    def ended(self, side: Side) -> None:
+        """One side will send no more."""
+        if self.machine is None or self._closing:
+            self._drop()
+            return
+        try:
+            self._carry_out(self.machine.eof(side))
+        except base.PeerViolation as violation:
+            self._violated(violation)
+
+    def lost(self, side: Side) -> None:
+        """One side's socket is gone."""
+        if not self._closing:
+            self._close(f"the {side.value} disconnected")
+        if self.client.closed and (self.server is None or self.server.closed):
+            self._finish()
+
+    def congested(self, side: Side, full: bool) -> None:
+        """The buffer towards `side` is full, or has room again: the other side is no longer read, or again."""
+        other = Side.SERVER if side is Side.CLIENT else Side.CLIENT
+        if full:
+            self._pause(other, "congestion")
+        else:
+            self._resume(other, "congestion")
+
+    def _violated(self, violation: base.PeerViolation) -> None:
+        log.warning("peer violation", session=self.id, side=violation.side.value, what=str(violation))
+        self._note(f"the {violation.side.value} broke the protocol: {violation}")
+        self.farewell(f"the {violation.side.value} broke the protocol: {violation}", "")
+
+    # --- what the machine wants ---------------------------------------------------------------------------------------
+
+    def _carry_out(self, commands: base.Commands) -> None:
+        for command in commands:
+            match command:
+                case base.Send(side, data):
+                    self._send(side, data)
+                case base.AskRuling():
+                    self._rule(command)
+                case base.Completed():
+                    if self.recording is not None:
+                        self.recording.completed(
+                            command.id, command.tag, command.rows, command.error, command.masked
+                        )
+                case base.AskLogin():
+                    self._start(self._log_in(command))
+                case base.AskCancel():
+                    self._start(self._pass_cancel(command))
+                case base.Connect():
+                    self._start(self._connect())
+                case base.StartTls(side):
+                    self._securing = side
+                    self._start(self._secure_client() if side is Side.CLIENT else self._secure_server())
+                case base.Authenticated():
+                    self._logged_in()
+                case base.Learned(derived):
+                    self._derived = derived
+                    if self.judge is not None:
+                        self.judge = self.judge.with_derived(derived)
+                case base.Close(reason):
+                    self._close(reason)
+                case _:
+                    assert_never(command)
+
+    def _send(self, side: Side, data: base.Buffer) -> None:
+        peer = self.client if side is Side.CLIENT else self.server
+        if peer is not None and peer.transport is not None and not peer.closed:
+            peer.transport.write(data)
+
+    def _answer(self, ask: base.Ask, reply: base.Reply) -> None:
+        machine = self.machine
+        if machine is None or self._closing:
+            return
+        try:
+            self._carry_out(machine.answer(ask, reply))
+        except base.PeerViolation as violation:
+            self._violated(violation)
+            return
+        if self._backlog and not machine.unanswered:
+            self._backlog = 0
+            self._resume(Side.CLIENT, "backlog")
+
+    def _notify(self, event: base.Event) -> None:
+        if self.machine is None or self._closing:
+            return
+        try:
+            self._carry_out(self.machine.notify(event))
+        except base.PeerViolation as violation:
+            self._violated(violation)
+
+    # --- ruling -------------------------------------------------------------------------------------------------------
+
+    def _rule(self, ask: base.AskRuling) -> None:
+        """The statement is judged, the ruling is recorded, and only then the machine hears it."""
+        self.operations += 1
+        assert self.judge is not None
+        ruling = self.judge.decide(ask.operation)
+        if ruling.decision is Decision.HOLD:
+            self._start(self._hold(ask, ruling))
+        else:
+            self._answer_recorded(ask, ruling)
+
+    def _answer_recorded(self, ask: base.AskRuling, ruling: Ruling) -> None:
+        if self._audit_lost:
+            ruling = _unrecordable(ruling, self._audit_lost)
+        else:
+            assert self.recording is not None
+            try:
+                self.recording.ruled(ask.id, ask.operation, ruling)
+            except AuditUnavailable as error:
+                self._lose_audit(error)
+                ruling = _unrecordable(ruling, self._audit_lost)
+        if ruling.decision is Decision.DENY:
+            self.denied += 1
+        self._answer(ask, ruling)
+
+    async def _hold(self, ask: base.AskRuling, ruling: Ruling) -> None:
+        assert self.machine is not None
+        assert self.recording is not None
+        approval = ports.new_approval_id(secrets.randbelow)
+        reason = next(reason for reason in ruling.reasons if reason.decision is Decision.HOLD)
+        self._held = (ask, ruling)
+        try:
+            self.recording.held(ask.id, ask.operation, ruling, approval)
+            self._carry_out(
+                self.machine.notice(
+                    f"held for approval {approval}: {ruling.message}",
+                    f"somebody on the runner has to say `hopgate approve {approval}` within {ruling.hold_timeout_s:g} s",
+                )
+            )
+            decided = await self.worker.link.hold(
+                session=self.id,
+                approval=approval,
+                operation=ask.id,
+                hop=reason.hop,
+                rule=reason.rule,
+                preview=ask.operation.recorded_text,
+                timeout_s=ruling.hold_timeout_s,
+            )
+            outcome, by, why = decided.outcome, decided.by, decided.reason
+        except AuditUnavailable as error:
+            self._lose_audit(error)
+            outcome, by, why = "denied", "hopgate", "it cannot be recorded"
+        except ports.Unavailable as error:
+            outcome, by, why = "denied", "hopgate", str(error)
+        self._decided(approval, outcome, by, why)
+
+    def _decided(self, approval: str, outcome: str, by: str, why: str) -> None:
+        if self._held is None or self.recording is None:
+            return
+        ask, ruling = self._held
+        self._held = None
+        try:
+            if not self._audit_lost:
+                self.recording.decided(ask.id, approval, outcome, by, why)
+        except AuditUnavailable as error:
+            self._lose_audit(error)
+        self._answer_recorded(ask, _after_hold(ruling, approval, outcome, by, why))
+
+    def cancel(self) -> None:
+        """Somebody with the right key cancels what this session runs, or waits for."""
+        if self._held is not None:
+            if self._task is not None:
+                self._task.cancel()
+            self._task = None
+            self._decided("", "withdrawn", "the client", "cancelled by the client while it waited for approval")
+            return
+        canceller = self.machine.canceller() if self.machine is not None else None
+        if canceller is not None and self.target is not None:
+            self.worker.spawn(upstream.cancel(canceller, self.target, self._dialled))
+
+    def _lose_audit(self, error: AuditUnavailable) -> None:
+        self._audit_lost = str(error)
+        log.error("recording lost", session=self.id, why=str(error))
+        self.worker.link.alert(self.id, f"the recording cannot be written: {error}")
+
+    def _note(self, text: str) -> None:
+        if self.recording is not None and not self._audit_lost:
+            try:
+                self.recording.alert(text)
+            except AuditUnavailable as error:
+                self._lose_audit(error)
+
+    # --- login --------------------------------------------------------------------------------------------------------
+
+    async def _log_in(self, ask: base.AskLogin) -> None:
+        assert self.chain is not None
+        assert self.target is not None
+        assert self.recording is not None
+        policy = self.worker.policy
+        ruling = policy.login(self.chain.principals, self.target, ask.database)
+        try:
+            self.recording.login(ask.user, ask.database, ask.parameters, ruling)
+        except AuditUnavailable as error:
+            self._lose_audit(error)
+            ruling = _unrecordable(ruling, self._audit_lost)
+        if ruling.decision is not Decision.ALLOW:
+            self.denied += 1
+            self._answer(ask, base.Refusal(ruling.message, ruling.hint))
+            return
+        self.database = ask.database
+        self.judge = policy.bind(self.chain.principals, self.target, ask.database)
+        try:
+            secret = await self.worker.link.secret(self.id)
+            cancel_key = await self.worker.link.cancel_key(self.id)
+        except ports.Unavailable as error:
+            self._note(f"login refused: {error}")
+            self._answer(ask, base.Refusal(str(error), error.hint))
+            return
+        self._answer(
+            ask,
+            base.Login(
+                target=self.target,
+                user=secret.user,
+                password=secret.password,
+                database=ask.database,
+                nonce=secrets.token_urlsafe(24),
+                cancel_key=cancel_key,
+                masks=self.judge.masks,
+            ),
+        )
+
+    def _logged_in(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+            self._deadline = None
+
+    async def _pass_cancel(self, ask: base.AskCancel) -> None:
+        try:
+            found = await self.worker.link.pass_cancel(self.id, ask.key)
+            self._note("cancel request passed on" if found else "cancel request with a key that no session has")
+        except ports.Unavailable as error:
+            self._note(f"cancel request not passed on: {error}")
+        self._answer(ask, base.Cancelled())
+
+    async def _connect(self) -> None:
+        assert self.target is not None
+        self.server = Peer(self, Side.SERVER)
+        try:
+            await upstream.dial(self.target, self._dialled, self.server)
+        except upstream.UpstreamError as error:
+            self.server = None
+            self._fail_upstream(error)
+            return
+        self._notify(base.UpstreamReady())
+
+    async def _secure_server(self) -> None:
+        assert self.target is not None
+        assert self.server is not None
+        assert self.server.transport is not None
+        try:
+            self.server.transport, binding = await upstream.secure(
+                self.target, self._dialled, self.server.transport, self.server
+            )
+        except upstream.UpstreamError as error:
+            self._fail_upstream(error)
+            return
+        self.server.transport.set_write_buffer_limits(high=HIGH_WATER)
+        self._notify_secured(base.UpstreamReady(binding))
+
+    def _fail_upstream(self, error: upstream.UpstreamError) -> None:
+        self._securing = None
+        log.error("target failed", session=self.id, why=str(error))
+        self._note(str(error))
+        self._notify(base.UpstreamFailed(str(error)))
+
+    async def _secure_client(self) -> None:
+        assert self.target is not None
+        assert self.client.transport is not None
+        try:
+            context = await self.worker.serving_context(self.target)
+            async with asyncio.timeout(upstream.HANDSHAKE_TIMEOUT_S):
+                secured = await asyncio.get_running_loop().start_tls(
+                    self.client.transport, self.client, context, server_side=True
+                )
+        except (OSError, ports.Unavailable) as error:
+            self._note(f"no TLS with the client: {tls.explain(error)}")
+            self._close(f"no TLS with the client: {tls.explain(error)}")
+            return
+        if secured is None:
+            self._close("the client left during the TLS handshake")
+            return
+        self.client.transport = secured
+        secured.set_write_buffer_limits(high=HIGH_WATER)
+        self._notify_secured(base.ClientSecured())
+
+    def _notify_secured(self, event: base.Event) -> None:
+        """What came in before the machine knew of the handshake's end is given to it afterwards."""
+        side, self._securing = self._securing, None
+        early, self._early = self._early, []
+        self._notify(event)
+        if side is not None:
+            for data in early:
+                self.received(side, data)
+
+    # --- policy -------------------------------------------------------------------------------------------------------
+
+    def policy_changed(self) -> None:
+        """Rebinds to the worker's new policy; a session whose masks or target changed has to log in anew."""
+        if self.judge is None or self.chain is None or self.target is None:
+            return
+        policy = self.worker.policy
+        target = policy.targets.get(self.target.name)
+        if target is None or policy.login(self.chain.principals, target, self.database).decision is not Decision.ALLOW:
+            self.farewell("the policy changed: this chain may no longer use this target", "ask the owners of the policy")
+            return
+        judge = policy.bind(self.chain.principals, target, self.database)
+        if judge.mask_signature != self.judge.mask_signature or target != self.target:
+            self.farewell("the policy changed for this target", "connect again")
+            return
+        self.judge = judge.with_derived(self._derived)
+
+    # --- the end ------------------------------------------------------------------------------------------------------
+
+    def farewell(self, message: str, hint: str) -> None:
+        """Tells the client why, as far as its protocol can, and closes."""
+        if self._closing:
+            return
+        if self.machine is not None:
+            self._carry_out(self.machine.farewell(message, hint))
+        self._close(message)
+
+    def _close(self, reason: str) -> None:
+        if self._closing:
+            return
+        self._closing = True
+        self._reason = reason
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if self._task is not None and self._task is not asyncio.current_task():
+            self._task.cancel()
+        if self._held is not None:
+            self._withdraw(reason)
+        for peer in (self.client, self.server):
+            if peer is not None and peer.transport is not None and not peer.closed:
+                peer.transport.close()
+        asyncio.get_running_loop().call_later(FLUSH_TIMEOUT_S, self._drop)
+        if self.client.closed and (self.server is None or self.server.closed):
+            self._finish()
+
+    def _withdraw(self, reason: str) -> None:
+        assert self._held is not None
+        ask, _ = self._held
+        self._held = None
+        if self.recording is not None and not self._audit_lost:
+            try:
+                self.recording.decided(ask.id, "", "withdrawn", "hopgate", reason)
+            except AuditUnavailable as error:
+                self._lose_audit(error)
+
+    def _drop(self) -> None:
+        for peer in (self.client, self.server):
+            if peer is not None and peer.transport is not None and not peer.closed:
+                peer.transport.abort()
+
+    def _finish(self) -> None:
+        """Both sockets are gone: the recording is completed, and the host agent is told."""
+        if self._finished:
+            return
+        self._finished = True
+        self.worker.sessions.pop(self.id, None)
+        if self.recording is None:
+            return
+        reason = self._reason
+        try:
+            self.recording.closed(reason, self.operations, self.denied)
+        except AuditUnavailable as error:
+            self._lose_audit(error)
+        self.worker.link.closed(
+            ports.SessionClosed(
+                session=self.id,
+                records=self.recording.records,
+                digest=self.recording.digest.hex(),
+                operations=self.operations,
+                denied=self.denied,
+                reason=reason,
+            )
+        )
+        self.recording.close()
+
+    # --- reading, and the one task ------------------------------------------------------------------------------------
+
+    def _pause(self, side: Side, why: str) -> None:
+        reasons = self._paused[side]
+        peer = self.client if side is Side.CLIENT else self.server
+        if not reasons and peer is not None and peer.transport is not None and not peer.closed:
+            peer.transport.pause_reading()
+        reasons.add(why)
+
+    def _resume(self, side: Side, why: str) -> None:
+        reasons = self._paused[side]
+        if why not in reasons:
+            return
+        reasons.discard(why)
+        peer = self.client if side is Side.CLIENT else self.server
+        if not reasons and peer is not None and peer.transport is not None and not peer.closed:
+            peer.transport.resume_reading()
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        self._task = self.worker.spawn(self._guard(work))
+
+    async def _guard(self, work: Coroutine[Any, Any, None]) -> None:
+        """A fault of ours ends this session, closed and recorded, and no other."""
+        try:
+            await work
+        except Exception as error:
+            log.exception("session failed", session=self.id)
+            self._note(f"internal error: {type(error).__name__}")
+            self.farewell("internal error in the gateway", "tell the operators of this runner")
+
+
+def _unrecordable(ruling: Ruling, why: str) -> Ruling:
+    reason = Reason("hopgate", "[audit]", Decision.DENY, "it cannot be recorded")
+    return Ruling(
+        decision=Decision.DENY,
+        reasons=(*ruling.reasons, reason),
+        message=f"denied: it cannot be recorded: {why}",
+        hint=HINT_AUDIT,
+        policy_version=ruling.policy_version,
+    )
+
+
+def _after_hold(ruling: Ruling, approval: str, outcome: str, by: str, why: str) -> Ruling:
+    """The final ruling on an operation that was held."""
+    granted = outcome == "approved"
+    decision = Decision.ALLOW if granted else Decision.DENY
+    text = f"{outcome} by {by}" + (f": {why}" if why else "")
+    return Ruling(
+        decision=decision,
+        reasons=(*ruling.reasons, Reason("hopgate", f"[approval {approval}]" if approval else "[approval]", decision, text)),
+        message="" if granted else f"{ruling.message}: approval {outcome}{f' by {by}' if by else ''}{f': {why}' if why else ''}",
+        hint="" if granted else "ask again, and have somebody on the runner approve it in time",
+        policy_version=ruling.policy_version,
+    )

@@ -1,0 +1,99 @@
+"""The connection to a target: dial, and TLS when the machine asks for it."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from functools import lru_cache
+
+import structlog
+
+from proxy.gateway import tls
+from proxy.model import Endpoint, Target
+from proxy.protocols import base
+
+log = structlog.get_logger()
+
+CONNECT_TIMEOUT_S = 10.0
+HANDSHAKE_TIMEOUT_S = 10.0
+
+
+class UpstreamError(Exception):
+    """The target cannot be reached, or is not who it should be. The message names it and is fit for the client."""
+
+
+_context = lru_cache(maxsize=256)(tls.client_context)
+
+
+async def dial(target: Target, endpoint: Endpoint, protocol: asyncio.Protocol) -> asyncio.Transport:
+    """Connects to the endpoint that the client dialled. Raises `UpstreamError`."""
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            transport, _ = await asyncio.get_running_loop().create_connection(
+                lambda: protocol, endpoint.address, endpoint.port, proto=socket.IPPROTO_TCP
+            )
+    except OSError as error:
+        raise UpstreamError(f"target `{target.name}` at {endpoint} is not reachable: {tls.explain(error)}") from error
+    transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return transport
+
+
+async def secure(
+    target: Target, endpoint: Endpoint, transport: asyncio.Transport, protocol: asyncio.Protocol
+) -> tuple[asyncio.Transport, bytes]:
+    """Does the TLS handshake as a client; returns the new transport and the channel binding. Raises `UpstreamError`."""
+    try:
+        async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
+            secured = await asyncio.get_running_loop().start_tls(
+                transport, protocol, _context(target), server_hostname=target.server_name or endpoint.address
+            )
+    except (OSError, ssl.SSLError, ValueError) as error:
+        raise UpstreamError(f"target `{target.name}` at {endpoint}: {tls.explain(error)}") from error
+    if secured is None:
+        raise UpstreamError(f"target `{target.name}` at {endpoint} closed the connection during the TLS handshake")
+    certificate = secured.get_extra_info("ssl_object").getpeercert(binary_form=True)
+    return secured, tls.end_point_binding(certificate) if certificate else b""
+
+
+async def cancel(machine: base.Machine, target: Target, endpoint: Endpoint) -> None:
+    """Lets a `canceller` do its one errand over a connection of its own; what goes wrong is logged, the client cannot be told."""
+    inbox = _Inbox()
+    transport: asyncio.Transport | None = None
+    pending = list(machine.begin())
+    try:
+        async with asyncio.timeout(CONNECT_TIMEOUT_S + HANDSHAKE_TIMEOUT_S):
+            while True:
+                while pending:
+                    command = pending.pop(0)
+                    match command:
+                        case base.Connect():
+                            transport = await dial(target, endpoint, inbox)
+                            pending.extend(machine.notify(base.UpstreamReady()))
+                        case base.StartTls() if transport is not None:
+                            transport, binding = await secure(target, endpoint, transport, inbox)
+                            pending.extend(machine.notify(base.UpstreamReady(binding)))
+                        case base.Send(data=data) if transport is not None:
+                            transport.write(data)
+                        case _:
+                            return
+                data = await inbox.queue.get()
+                pending.extend(machine.receive(base.Side.SERVER, data) if data else machine.eof(base.Side.SERVER))
+    except (OSError, UpstreamError, base.PeerViolation) as error:
+        log.warning("cancel request failed", target=target.name, why=str(error))
+    finally:
+        if transport is not None:
+            transport.close()
+
+
+class _Inbox(asyncio.Protocol):
+    """Bytes of the server, and empty bytes for its end."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[bytes] = asyncio.Queue()
+
+    def data_received(self, data: bytes) -> None:
+        self.queue.put_nowait(data)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.queue.put_nowait(b"")

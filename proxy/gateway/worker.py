@@ -1,0 +1,169 @@
+"""A proxy worker: one unprivileged process on one core, with an event loop, the shared listener and the policy.
+
+Started by the host agent as `python -m proxy.gateway.worker` under the worker's user, in the worker's cgroup, with two
+inherited sockets. It connects once to the muster address, so that the kernel side learns which process image it is and
+exempts it, waits for its first policy, and accepts. It ends when the host agent does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import os
+import signal
+import socket
+import ssl
+import sys
+import time
+from collections.abc import Coroutine
+from typing import Any
+
+import msgspec
+import structlog
+import uvloop
+
+from proxy import journal, ports
+from proxy.gateway import listener, tls
+from proxy.gateway.link import HostLink
+from proxy.gateway.session import Session
+from proxy.model import Endpoint, Target
+from proxy.policy.decide import CompiledPolicy
+from proxy.policy.document import ResolvedPolicy
+
+log = structlog.get_logger()
+
+PR_SET_PDEATHSIG = 1
+PR_SET_NO_NEW_PRIVS = 38
+M_MMAP_THRESHOLD = -3
+M_TRIM_THRESHOLD = -1
+MAX_POLICY = 64 * 1024 * 1024
+CERTIFICATE_SLACK_S = 3600
+GRACE_S = 2.0
+
+
+class Worker:
+    """What the sessions of one process share."""
+
+    def __init__(self, *, offer_tls: bool, tasks: asyncio.TaskGroup) -> None:
+        self.offer_tls = offer_tls
+        self.clock = time.time_ns
+        self.endpoints = listener.endpoints
+        self.sessions: dict[str, Session] = {}
+        self.stopping = asyncio.Event()
+        self.policy_loaded = asyncio.Event()
+        self.link: HostLink
+        self.policy: CompiledPolicy
+        self._tasks = tasks
+        self._contexts: dict[str, tuple[float, ssl.SSLContext]] = {}
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        return self._tasks.create_task(work)
+
+    async def serving_context(self, target: Target) -> ssl.SSLContext:
+        """The TLS context that stands for this target towards clients. Raises `ports.Unavailable`."""
+        not_after, context = self._contexts.get(target.name, (0.0, None))
+        if context is None or not_after < time.time() + CERTIFICATE_SLACK_S:
+            certificate, descriptor = await self.link.certificate(target.name)
+            context = tls.server_context(descriptor)
+            self._contexts[target.name] = (certificate.not_after_s, context)
+        return context
+
+    def pushed(self, message: ports.Push, descriptors: list[int]) -> None:
+        """What the host agent says unasked."""
+        match message:
+            case ports.LoadPolicy():
+                self._load(message, descriptors)
+            case ports.CancelSession(session=session):
+                if (held := self.sessions.get(session)) is not None:
+                    held.cancel()
+
+    def _load(self, message: ports.LoadPolicy, descriptors: list[int]) -> None:
+        try:
+            (descriptor,) = descriptors
+            with os.fdopen(descriptor, "rb") as file:
+                file.seek(0)
+                document = msgspec.msgpack.decode(file.read(MAX_POLICY), type=ResolvedPolicy)
+        except (ValueError, OSError, msgspec.MsgspecError) as error:
+            # without the policy of the host agent nothing may be ruled on
+            self.end(f"policy `{message.version}` cannot be read: {error}")
+            return
+        self.policy = CompiledPolicy(document, message.mask_key)
+        self._contexts.clear()
+        for session in list(self.sessions.values()):
+            session.policy_changed()
+        self.policy_loaded.set()
+
+    def end(self, why: str) -> None:
+        """The host agent is gone, or says so."""
+        log.info("worker ends", why=why)
+        self.stopping.set()
+
+
+async def _muster(worker: Worker, port: int) -> None:
+    """The connection stays open until the host agent has answered: its record is what tells the process image."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    source = writer.get_extra_info("sockname")
+    await worker.link.muster(Endpoint(source[0], source[1]))
+    writer.close()
+    del reader
+
+
+async def _serve(options: argparse.Namespace) -> None:
+    async with asyncio.TaskGroup() as tasks:
+        worker = Worker(offer_tls=options.offer_tls, tasks=tasks)
+        channel = socket.socket(fileno=options.channel)
+        worker.link = HostLink(channel, worker.pushed, worker.end)
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.end, "terminated")
+        await _muster(worker, options.muster)
+        async with asyncio.timeout(30):
+            await worker.policy_loaded.wait()
+        server = await listener.listen(socket.socket(fileno=options.listener), lambda: Session(worker).client)
+        await worker.stopping.wait()
+        server.close()
+        for session in list(worker.sessions.values()):
+            session.farewell("the gateway on this host is stopping", "connect again")
+        deadline = time.monotonic() + GRACE_S
+        while worker.sessions and time.monotonic() < deadline:
+            await asyncio.sleep(0.02)
+    # what has not ended by now is told by the host agent from the recordings
+        os._exit(0)
+
+
+def _confine(parent: int) -> None:
+    """No new privileges, and no life after the host agent. Refuses to run with any capability."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    if os.getppid() != parent:
+        sys.exit("the host agent is gone already")
+    with open("/proc/self/status", encoding="ascii") as status:
+        held = {
+            name: int(value, 16)
+            for name, _, value in (line.partition(":") for line in status)
+            if name in ("CapPrm", "CapEff", "CapAmb", "CapInh")
+        }
+    if os.getuid() == 0 or os.geteuid() == 0 or any(held.values()):
+        sys.exit("a worker must not be root and must hold no capability: start it through `hopgate run`")
+    # replies of 128 KiB and more would be mapped and unmapped one by one
+    libc.mallopt(M_MMAP_THRESHOLD, 64 * 1024 * 1024)
+    libc.mallopt(M_TRIM_THRESHOLD, 128 * 1024 * 1024)
+
+
+def main() -> None:
+    """Runs a worker until the host agent ends it."""
+    parser = argparse.ArgumentParser(description="hopgate proxy worker; started by the host agent")
+    parser.add_argument("--parent", type=int, required=True, help="process id of the host agent")
+    parser.add_argument("--channel", type=int, required=True, help="descriptor of the channel to the host agent")
+    parser.add_argument("--listener", type=int, required=True, help="descriptor of the shared listening socket")
+    parser.add_argument("--muster", type=int, required=True, help="TCP port on loopback to muster at")
+    parser.add_argument("--offer-tls", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--log-level", default="info")
+    options = parser.parse_args()
+    _confine(options.parent)
+    journal.configure(options.log_level, worker=os.getpid())
+    uvloop.run(_serve(options))
+
+
+if __name__ == "__main__":
+    main()
