@@ -64,6 +64,12 @@ class Channel(Generic[M]):
         except OSError as error:
             self.close(f"peer is gone: {error.strerror}")
 
+    def finish(self, why: str) -> None:
+        """The peer has ended: takes what it had still sent, and closes."""
+        if self._open:
+            self._readable()
+        self.close(why)
+
     def close(self, why: str) -> None:
         """Closes the channel; `on_closed` hears of it. Idempotent."""
         if not self._open:

@@ -1,8 +1,9 @@
 """A proxy worker: one unprivileged process on one core, with an event loop, the shared listener and the policy.
 
-Started by the host agent as `python -m proxy.gateway.worker` under the worker's user, in the worker's cgroup, with two
-inherited sockets. It connects once to the muster address, so that the kernel side learns which process image it is and
-exempts it, waits for its first policy, and accepts. It ends when the host agent does.
+Started by the host agent as `python -m proxy.gateway.worker` in the worker's cgroup, with two inherited sockets. It becomes
+the worker's user, for good, before it reads a byte from anywhere. It connects once to the muster address, so that the kernel
+side learns which process image it is and exempts it, waits for its first policy, and accepts. It ends when the host agent
+does.
 """
 
 from __future__ import annotations
@@ -130,9 +131,14 @@ async def _serve(options: argparse.Namespace) -> None:
         os._exit(0)
 
 
-def _confine(parent: int) -> None:
-    """No new privileges, and no life after the host agent. Refuses to run with any capability."""
+def _confine(parent: int, uid: int, gid: int) -> None:
+    """Becomes the worker's user; no capability, no new privileges, and no life after the host agent."""
     libc = ctypes.CDLL(None, use_errno=True)
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setresgid(gid, gid, gid)
+        os.setresuid(uid, uid, uid)
+    # a change of user clears the death signal: it is set afterwards
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if os.getppid() != parent:
@@ -157,10 +163,12 @@ def main() -> None:
     parser.add_argument("--channel", type=int, required=True, help="descriptor of the channel to the host agent")
     parser.add_argument("--listener", type=int, required=True, help="descriptor of the shared listening socket")
     parser.add_argument("--muster", type=int, required=True, help="TCP port on loopback to muster at")
+    parser.add_argument("--uid", type=int, required=True, help="user id to run as, not 0")
+    parser.add_argument("--gid", type=int, required=True, help="group id to run as")
     parser.add_argument("--offer-tls", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--log-level", default="info")
     options = parser.parse_args()
-    _confine(options.parent)
+    _confine(options.parent, options.uid, options.gid)
     journal.configure(options.log_level, worker=os.getpid())
     uvloop.run(_serve(options))
 

@@ -1,0 +1,183 @@
+"""Starts the proxy workers, keeps them running, and ends them.
+
+    starting --(mustered, exempt, has its policy)--> serving --(exit)--> gone --(back-off)--> starting
+
+A worker that dies takes its connections with it, and nothing else: its sessions are closed from their recordings, its cancel
+keys are released, and another one is started. The listening socket is ours, so clients meanwhile wait or go to the others.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pwd
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from hostagent.settings import Settings
+from proxy import ports
+from proxy.gateway.channel import Channel, decoder
+
+log = structlog.get_logger()
+
+RESTART_DELAYS_S = (0.05, 0.2, 1.0, 5.0)
+"""Waits before the next start, after deaths that follow each other within `STEADY_S`."""
+STEADY_S = 30.0
+STOP_TIMEOUT_S = 5.0
+
+
+class WorkerProcess:
+    """One running worker and the channel to it."""
+
+    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+        self.process = process
+        self.pid = process.pid
+        self.channel: Channel[ports.FromWorker]
+        self.sessions: set[str] = set()
+        self.node: int | None = None
+        self.serving = False
+        self.gone = asyncio.Event()
+        self.why = ""
+
+
+class Workers:
+    """`on_message(worker, message)` answers what a worker asks; `on_gone(worker)` cleans up after one."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        listener: socket.socket,
+        muster: socket.socket,
+        cgroup: Path,
+        on_message: Callable[[WorkerProcess, ports.FromWorker], None],
+        on_gone: Callable[[WorkerProcess], None],
+    ) -> None:
+        self.settings = settings
+        self.running: dict[int, WorkerProcess] = {}
+        self.deaths = 0
+        self._listener = listener
+        self._muster_port = muster.getsockname()[1]
+        self._cgroup = cgroup
+        self._on_message = on_message
+        self._on_gone = on_gone
+        self._stopping = False
+        user = pwd.getpwnam(settings.worker_user)
+        if user.pw_uid == 0:
+            raise ValueError(f"worker_user `{settings.worker_user}` is root: name an unprivileged user")
+        self._uid, self._gid = user.pw_uid, user.pw_gid
+
+    async def supervise(self) -> None:
+        """Runs `settings.workers` workers (0: one per core) until `stop`."""
+        count = self.settings.workers or len(os.sched_getaffinity(0))
+        async with asyncio.TaskGroup() as tasks:
+            for _ in range(count):
+                tasks.create_task(self._keep_one())
+
+    async def stop(self) -> None:
+        """Asks all workers to end, and ends those that do not."""
+        self._stopping = True
+        workers = list(self.running.values())
+        for worker in workers:
+            worker.process.send_signal(signal.SIGTERM)
+        try:
+            async with asyncio.timeout(STOP_TIMEOUT_S):
+                for worker in workers:
+                    await worker.gone.wait()
+        except TimeoutError:
+            for worker in workers:
+                if not worker.gone.is_set():
+                    worker.process.kill()
+                    await worker.gone.wait()
+
+    def broadcast(self, message: ports.LoadPolicy, descriptor: int) -> None:
+        """Sends a new policy to every worker that has one already."""
+        for worker in self.running.values():
+            worker.channel.send(message, [descriptor])
+
+    def kill(self, worker: WorkerProcess, why: str) -> None:
+        """Ends a worker that broke the form."""
+        log.error("worker killed", worker=worker.pid, why=why)
+        worker.process.kill()
+
+    async def _keep_one(self) -> None:
+        loop = asyncio.get_running_loop()
+        failures = 0
+        while not self._stopping:
+            started = loop.time()
+            worker = self._start()
+            await worker.gone.wait()
+            self.running.pop(worker.pid, None)
+            self._on_gone(worker)
+            if self._stopping:
+                return
+            self.deaths += 1
+            failures = 0 if loop.time() - started > STEADY_S else failures + 1
+            delay = RESTART_DELAYS_S[min(failures, len(RESTART_DELAYS_S) - 1)]
+            log.error("worker died", worker=worker.pid, why=worker.why, restart_in_s=delay)
+            await asyncio.sleep(delay)
+
+    def _start(self) -> WorkerProcess:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        try:
+            process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-I",
+                    "-m",
+                    "proxy.gateway.worker",
+                    f"--parent={os.getpid()}",
+                    f"--channel={theirs.fileno()}",
+                    f"--listener={self._listener.fileno()}",
+                    f"--muster={self._muster_port}",
+                    f"--uid={self._uid}",
+                    f"--gid={self._gid}",
+                    "--offer-tls" if self.settings.offer_tls else "--no-offer-tls",
+                    f"--log-level={self.settings.log_level}",
+                ],
+                stdin=subprocess.DEVNULL,
+                pass_fds=(theirs.fileno(), self._listener.fileno()),
+                env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
+                cwd="/",
+            )
+        finally:
+            theirs.close()
+        (self._cgroup / "cgroup.procs").write_text(str(process.pid))
+        worker = WorkerProcess(process)
+        worker.channel = Channel(
+            ours,
+            decoder(ports.FromWorker),
+            lambda message, descriptors: self._received(worker, message, descriptors),
+            lambda why: self._lost(worker, why),
+        )
+        self.running[process.pid] = worker
+        pidfd = os.pidfd_open(process.pid)
+        asyncio.get_running_loop().add_reader(pidfd, self._exited, worker, pidfd)
+        return worker
+
+    def _received(self, worker: WorkerProcess, message: ports.FromWorker, descriptors: list[int]) -> None:
+        if descriptors:
+            for descriptor in descriptors:
+                os.close(descriptor)
+            self.kill(worker, "it sent descriptors")
+            return
+        self._on_message(worker, message)
+
+    def _lost(self, worker: WorkerProcess, why: str) -> None:
+        """A worker without a channel can do nothing that is recorded: it is not left to run."""
+        worker.why = worker.why or why
+        worker.process.kill()
+
+    def _exited(self, worker: WorkerProcess, pidfd: int) -> None:
+        asyncio.get_running_loop().remove_reader(pidfd)
+        os.close(pidfd)
+        status = worker.process.wait()
+        worker.why = f"signal {-status}" if status < 0 else f"exit status {status}"
+        worker.channel.finish("worker exited")
+        worker.gone.set()
