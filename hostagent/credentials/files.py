@@ -4,7 +4,7 @@
     password: "..."
 
 Under systemd's `LoadCredential=credential:DIRECTORY` (systemd.exec(5)) the file is called `credential_NAME`, and is
-read by the service manager at start: a changed credential then takes a restart. Elsewhere a changed file counts at once.
+read by the service manager at start: a changed credential then takes a restart. Elsewhere it counts at once.
 
 Blind spot: the mode and owner of the file are checked, not those of the directories above it.
 """

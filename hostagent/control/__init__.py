@@ -1,0 +1,1 @@
+"""What the host keeps of its sessions and approvals, and how its operators get at it."""
