@@ -56,7 +56,9 @@ def test_the_wheel_carries_the_c_sources_the_default_policy_and_the_units(wheel:
 
 def test_the_wheel_carries_every_module_and_nothing_of_the_tests(wheel: zipfile.ZipFile) -> None:
     names = set(wheel.namelist())
-    modules = {str(path.relative_to(CHECKOUT)) for top in ("hostagent", "proxy") for path in (CHECKOUT / top).rglob("*.py")}
+    modules = {
+        str(path.relative_to(CHECKOUT)) for top in ("hostagent", "proxy") for path in (CHECKOUT / top).rglob("*.py")
+    }
     assert modules <= names
     tops = {name.partition("/")[0] for name in names}
     assert tops == {"hostagent", "proxy", "hopgate-0.1.0.dist-info"}
@@ -89,7 +91,9 @@ def test_the_unit_is_one_that_systemd_understands(tmp_path: Path) -> None:
     assert "ExecStart=/opt/hopgate/venv/bin/hopgate run" in text
     unit = tmp_path / "hopgate.service"
     unit.write_text(text.replace("/opt/hopgate/venv/bin/hopgate", "/bin/true"))
-    done = subprocess.run(["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        ["systemd-analyze", "verify", "--man=no", str(unit)], capture_output=True, text=True, timeout=60
+    )
     ours = [line for line in (done.stdout + done.stderr).splitlines() if "hopgate" in line]
     assert (done.returncode, ours) == (0, [])
 

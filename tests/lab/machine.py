@@ -43,6 +43,11 @@ def host_release() -> str:
     return dict(line.split("=", 1) for line in lines if "=" in line).get("VERSION_CODENAME", "").strip('"')
 
 
+def suite() -> str:
+    """The Debian to boot: that of this host, or `HOPGATE_TEST_SUITE`."""
+    return os.environ.get("HOPGATE_TEST_SUITE") or host_release()
+
+
 def mirror(suite: str) -> str:
     """The address this host's apt takes Debian's `main` from; it serves the other releases too."""
     command = ["apt-get", "indextargets", "--format", "$(SITE) $(CODENAME) $(COMPONENT)", "Created-By: Packages"]
@@ -73,7 +78,14 @@ def root_tree(suite: str, packages: tuple[str, ...]) -> Path:
             environment[f"{scheme}_proxy"] = value
     try:
         making.chmod(0o755)
-        command = ["debootstrap", "--variant=minbase", f"--include={','.join(names)}", suite, str(making), mirror(suite)]
+        command = [
+            "debootstrap",
+            "--variant=minbase",
+            f"--include={','.join(names)}",
+            suite,
+            str(making),
+            mirror(suite),
+        ]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL)
         if done.returncode != 0:
             raise MachineError(f"`{shlex.join(command)}` failed:\n{(done.stdout + done.stderr)[-3000:]}")
@@ -129,7 +141,9 @@ class Machine:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stack.close()
 
     def run(self, command: str, *, timeout_s: float = 120.0, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -171,7 +185,14 @@ class Machine:
 
     def _boot(self, stack: ExitStack) -> None:
         command = [
-            *("systemd-nspawn", "--quiet", f"--directory={self.root}", f"--machine={self.name}", "--register=no", "--keep-unit"),
+            *(
+                "systemd-nspawn",
+                "--quiet",
+                f"--directory={self.root}",
+                f"--machine={self.name}",
+                "--register=no",
+                "--keep-unit",
+            ),
             *("--boot", "--private-network", "--capability=all", "--system-call-filter=bpf perf_event_open @keyring"),
             *("--console=pipe", "--resolv-conf=off", "--timezone=off", "--link-journal=no", "--kill-signal=SIGRTMIN+4"),
             "systemd.unit=multi-user.target",
