@@ -3,10 +3,11 @@
     with Machine(directory, files={"/opt/thing": path}) as machine:
         machine.run("systemctl is-system-running")
 
-The root file system is made once by debootstrap, from the mirror that this host's apt is configured for, and kept outside the
-checkout; each machine writes into an overlay that goes with it. The machine's cgroup tree ends at a cgroup that we make, and
-its network has no way out, so a program attached to "the root cgroup" or a rule in "the root namespace" of the machine
-concerns nobody else. Process ids inside are those of a PID namespace; the kernel below is shared, tracepoints too.
+The root file system is made once by debootstrap, from the mirror that this host's apt is configured for, and kept
+outside the checkout; each machine writes into an overlay that goes with it. The machine's cgroup tree ends at a cgroup
+that we make, and its network has no way out, so a program attached to "the root cgroup" or a rule in "the root
+namespace" of the machine concerns nobody else. Process ids inside are those of a PID namespace; the kernel below is
+shared, tracepoints too.
 
 Blind spot: `/sys/fs/bpf` is mounted by hand, since systemd leaves that to the host when it runs in a container.
 """
@@ -117,7 +118,7 @@ def unified_cgroup() -> Path:
 
 
 class Machine:
-    """One boot, from `__enter__` to `__exit__`. `files` are put into its file system first: path inside -> path here."""
+    """One boot, from `__enter__` to `__exit__`. `files` are put into its file system first: path inside -> here."""
 
     def __init__(self, tree: Path, *, files: Mapping[str, Path] | None = None) -> None:
         self.name = f"hopgate-test-{os.getpid()}"
@@ -232,14 +233,19 @@ class Machine:
 
     def _mount_bpffs(self) -> None:
         """What systemd does on a real boot: /sys is read-only here and has no such directory."""
-        command = "mount -o remount,rw /sys && mkdir -p /sys/fs/bpf && mount -t bpf bpf /sys/fs/bpf && mount -o remount,ro /sys"
-        subprocess.run(["nsenter", "-t", str(self.leader), "-m", "/bin/sh", "-c", command], check=True)
+        for command in (
+            "mount -o remount,rw /sys",
+            "mkdir -p /sys/fs/bpf",
+            "mount -t bpf bpf /sys/fs/bpf",
+            "mount -o remount,ro /sys",
+        ):
+            subprocess.run([*self._enter(), *command.split()], check=True)
 
     def _enter(self) -> list[str]:
         return ["nsenter", "-t", str(self.leader), "-m", "-u", "-i", "-n", "-p", "--"]
 
     def _power_off(self) -> None:
-        """By its init; a machine that does not obey is ended through its cgroup, since killing nspawn leaves init alive."""
+        """By its init; one that does not obey is ended through its cgroup, since killing nspawn leaves init alive."""
         assert self._nspawn is not None
         if self._nspawn.poll() is None and self.leader:
             os.kill(self.leader, signal.SIGRTMIN + 4)
