@@ -40,6 +40,7 @@ class WorkerProcess:
         self.pid = process.pid
         self.channel: Channel[ports.FromWorker]
         self.sessions: set[str] = set()
+        self.approvals: set[str] = set()
         self.node: int | None = None
         self.serving = False
         self.gone = asyncio.Event()

@@ -1,0 +1,287 @@
+"""Composition root of the host agent: what is started in which order, what is watched, and what stays when it ends.
+
+    policy, CA, store      nothing of the kernel is touched before these are there
+    kernel                 hooks attached and pinned (or found pinned), older processes seeded, rules in: from here on closed
+    listener, workers      connections are served once the workers are exempt from the redirect
+    READY
+
+When the daemon ends, in whatever way, hooks and rules stay: connections are refused until it is back. `hopgate cleanup`
+takes them off.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import time
+from collections.abc import Coroutine
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import structlog
+import uvloop
+
+from hostagent import kernel
+from hostagent.attribution import AgentMatcher, Attribution
+from hostagent.cancels import CancelTable
+from hostagent.certificates import open_authority
+from hostagent.control.approvals import Approvals
+from hostagent.control.server import ControlServer
+from hostagent.control.sessions import Sessions
+from hostagent.control.store import Store
+from hostagent.credentials import CredentialFiles, mask_key
+from hostagent.errors import OperatorError
+from hostagent.notify import notify, watchdog_interval_s
+from hostagent.policies import ActivePolicy, PolicyUnusable
+from hostagent.service import Misconduct, Service, memory_file
+from hostagent.settings import Settings
+from hostagent.workers import WorkerProcess, Workers
+from proxy import journal, ports
+from proxy.gateway.listener import BACKLOG, endpoint
+from proxy.model import Endpoint
+
+log = structlog.get_logger()
+
+SWEEP_INTERVAL_S = 5.0
+RECORD_AGE_S = 30.0
+"""How long a connection may wait to be accepted before its record of who it is counts as stale."""
+MUSTER_TIMEOUT_S = 10.0
+
+
+class Daemon:
+    """One per host (per network namespace, to be exact)."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.started_s = time.time()
+        self._stopping = asyncio.Event()
+        self._muster_records: dict[Endpoint, int] = {}
+
+    async def serve(self) -> None:
+        """Runs until it is told to stop. Raises `OperatorError` when it cannot start."""
+        settings = self.settings
+        for directory in (settings.state_dir, settings.run_dir):
+            directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+        key = mask_key(settings.state_dir)
+        self.policy = ActivePolicy(settings.policy_dir, key)
+        try:
+            self.policy.reload()
+        except PolicyUnusable as error:
+            # closed: with no policy everything is denied, which is what the rules below make true
+            log.error("starting with no policy: everything is denied", problems=str(error).splitlines())
+        self._mask_key = key
+        authority = open_authority(settings.state_dir)
+        self._store = Store.create(settings.store_path)
+        self._sessions = Sessions(self._store, settings.recordings_dir, host=socket.gethostname())
+        for row in self._sessions.recover():
+            log.warning("session was interrupted", session=row.id, operations=row.operations)
+        self.approvals = Approvals(self._store)
+
+        listener = _listening_socket(settings.listen_port)
+        muster = socket.create_server(("127.0.0.1", 0))
+        worker_cgroup = _worker_cgroup(settings)
+        self._kernel_settings = kernel.Settings(
+            cgroup=_hooked_cgroup(settings),
+            pin_dir=settings.pin_dir,
+            listen_port=settings.listen_port,
+            worker_cgroup=worker_cgroup,
+        )
+        self._muster_endpoint = endpoint(*muster.getsockname()[:2])
+        self.pins = await asyncio.to_thread(kernel.start, self._kernel_settings, self._scope())
+        self._attribution = Attribution(self.pins, AgentMatcher(self.policy.resolved.agents))
+
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            self.workers = Workers(
+                settings,
+                listener=listener,
+                muster=muster,
+                cgroup=worker_cgroup,
+                on_message=self._from_worker,
+                on_gone=self._worker_gone,
+            )
+            self.service = Service(
+                policy=self.policy,
+                attribution=self._attribution,
+                sessions=self._sessions,
+                approvals=self.approvals,
+                source=CredentialFiles(settings.credentials_dir),
+                authority=authority,
+                cancels=CancelTable(),
+                exempt=self._exempt,
+                find_worker=self.workers.running.get,
+                spawn=tasks.create_task,
+            )
+            control = ControlServer(settings.control_socket, self)
+            await control.start()
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
+            loop.add_signal_handler(signal.SIGINT, self._stopping.set)
+            loop.add_signal_handler(signal.SIGHUP, self._reload_logged)
+            background = [
+                tasks.create_task(self._accept_musters(muster)),
+                tasks.create_task(self.workers.supervise()),
+                tasks.create_task(self._sweep()),
+                tasks.create_task(self._tell_when_ready()),
+            ]
+            await self._stopping.wait()
+            notify(STOPPING=1, STATUS="stopping: connections are refused until the next start")
+            await self.workers.stop()
+            await control.stop()
+            for task in background:
+                task.cancel()
+        self._store.close()
+
+    # --- what the control socket asks ---------------------------------------------------------------------------------
+
+    def status(self) -> dict[str, object]:
+        """What `hopgate status` shows."""
+        return {
+            "policy": self.policy.compiled.version,
+            "policy_problem": self.policy.problem,
+            "targets": sorted(self.policy.compiled.targets),
+            "workers": sum(worker.serving for worker in self.workers.running.values()),
+            "worker_deaths": self.workers.deaths,
+            "open_sessions": self.service.open_sessions,
+            "kernel": self.pins.counters(),
+            "overflowed": self.pins.overflowed(),
+            "up_s": round(time.time() - self.started_s),
+        }
+
+    def reload(self) -> str:
+        """Takes the policy on disk; returns its version. Raises `PolicyUnusable`: then the old one stays."""
+        self.policy.reload()
+        kernel.apply_scope(self._kernel_settings, self.pins, self._scope())
+        self._attribution.agents = AgentMatcher(self.policy.resolved.agents)
+        self._send_policy(list(self.workers.running.values()))
+        self._notify_status()
+        return self.policy.compiled.version
+
+    def _reload_logged(self) -> None:
+        try:
+            self.reload()
+        except OperatorError as error:
+            log.error("reload failed", why=str(error))
+
+    # --- workers ------------------------------------------------------------------------------------------------------
+
+    def _from_worker(self, worker: WorkerProcess, message: ports.FromWorker) -> None:
+        try:
+            self.service.handle(worker, message)
+        except Misconduct as error:
+            self.workers.kill(worker, str(error))
+
+    def _worker_gone(self, worker: WorkerProcess) -> None:
+        self.service.forget(worker)
+        if worker.node is not None:
+            self.pins.unexempt(worker.node)
+
+    async def _accept_musters(self, muster: socket.socket) -> None:
+        """Keeps the image of each process that connects to the muster address, until a worker claims it."""
+        loop = asyncio.get_running_loop()
+        muster.setblocking(False)
+        while True:
+            accepted, address = await loop.sock_accept(muster)
+            accepted.close()
+            source = endpoint(*address[:2])
+            taken = self.pins.take(source, self._muster_endpoint)
+            if isinstance(taken, kernel.ConnectRecord):
+                self._muster_records[source] = taken.node
+
+    async def _exempt(self, worker: WorkerProcess, message: ports.Mustered) -> None:
+        """The image that connected from where the worker says it did is the worker's, if it is a child of ours."""
+        try:
+            async with asyncio.timeout(MUSTER_TIMEOUT_S):
+                while (node := self._muster_records.pop(message.source, None)) is None:
+                    await asyncio.sleep(0.005)
+        except TimeoutError:
+            self.workers.kill(worker, f"it did not muster from {message.source} within {MUSTER_TIMEOUT_S:g} s")
+            return
+        worker.node = node
+        self.pins.exempt(node)
+        worker.channel.send(ports.Begin(id=message.id))
+        self._send_policy([worker])
+        worker.serving = True
+
+    def _send_policy(self, workers: list[WorkerProcess]) -> None:
+        descriptor = memory_file("policy", msgspec.msgpack.encode(self.policy.resolved))
+        try:
+            for worker in workers:
+                worker.channel.send(
+                    ports.LoadPolicy(version=self.policy.compiled.version, mask_key=self._mask_key), [descriptor]
+                )
+        finally:
+            os.close(descriptor)
+
+    # --- what goes on beside ------------------------------------------------------------------------------------------
+
+    def _scope(self) -> kernel.Scope:
+        """What is redirected: the targets' addresses, and the protected ports of any address."""
+        policy = self.policy.resolved
+        return kernel.Scope(
+            ports=tuple(sorted(policy.protected_ports)),
+            endpoints=tuple(sorted(endpoint for target in policy.targets for endpoint in target.endpoints)),
+            muster=self._muster_endpoint,
+        )
+
+    async def _sweep(self) -> None:
+        while True:
+            await asyncio.sleep(SWEEP_INTERVAL_S)
+            self.pins.sweep(RECORD_AGE_S)
+
+    async def _tell_when_ready(self) -> None:
+        while not any(worker.serving for worker in self.workers.running.values()):
+            await asyncio.sleep(0.01)
+        notify(READY=1, MAINPID=os.getpid())
+        self._notify_status()
+        log.info("ready", policy=self.policy.compiled.version, port=self.settings.listen_port)
+        interval_s = watchdog_interval_s()
+        while interval_s:
+            await asyncio.sleep(interval_s)
+            notify(WATCHDOG=1)
+
+    def _notify_status(self) -> None:
+        problem = self.policy.problem.splitlines()
+        notify(STATUS=f"policy {self.policy.compiled.version}" + (f", NOT what is on disk: {problem[0]}" if problem else ""))
+
+
+def _listening_socket(port: int) -> socket.socket:
+    """IPv6 and IPv4 on one socket; IPv4 alone where the kernel has no IPv6. Raises `OperatorError` when the port is taken."""
+    ipv6 = socket.has_dualstack_ipv6()
+    try:
+        return socket.create_server(
+            ("::" if ipv6 else "0.0.0.0", port),
+            family=socket.AF_INET6 if ipv6 else socket.AF_INET,
+            backlog=BACKLOG,
+            dualstack_ipv6=ipv6,
+        )
+    except OSError as error:
+        raise OperatorError(f"cannot listen on port `{port}`: {error.strerror}: is another hopgate running?") from error
+
+
+def _hooked_cgroup(settings: Settings) -> Path:
+    return settings.cgroup or kernel.cgroup_mount()
+
+
+def _worker_cgroup(settings: Settings) -> Path:
+    """The configured directory, or `workers` below the daemon's own cgroup."""
+    directory = settings.worker_cgroup or kernel.own_cgroup() / "workers"
+    directory.mkdir(exist_ok=True)
+    return directory
+
+
+def run(settings: Settings) -> None:
+    """Runs the host agent in the foreground. Raises `OperatorError` when it cannot start."""
+    if os.geteuid() != 0:
+        raise OperatorError("hopgate has to be started by root: use the systemd unit")
+    journal.configure(settings.log_level)
+    uvloop.run(_run(settings))
+
+
+async def _run(settings: Settings) -> None:
+    await Daemon(settings).serve()
+
+

@@ -1,0 +1,279 @@
+"""Answers what the workers ask: who connected, with which credential, may it go on, whose cancel key is this.
+
+The workers read hostile bytes, so what they say is checked against what was handed out: a worker may speak only for its own
+open sessions, and only an attributed, unrefused session gets a credential. A worker that asks out of turn is ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any, assert_never
+
+import structlog
+
+from hostagent.attribution import Attribution, Refused
+from hostagent.cancels import CancelTable, CancelTableFull, Holder
+from hostagent.certificates import HostAuthority
+from hostagent.control.approvals import Approvals
+from hostagent.control.sessions import Sessions
+from hostagent.credentials import Source
+from hostagent.errors import OperatorError
+from hostagent.policies import ActivePolicy
+from hostagent.workers import WorkerProcess
+from proxy import ports
+from proxy.model import Chain, Target
+
+log = structlog.get_logger()
+
+HINT_UNATTRIBUTED = "run it below the runner's own processes on this host, or ask its operators (`hopgate doctor`)"
+HINT_NO_TARGET = "ask the owners of the policy to add this address to a target"
+
+
+class Misconduct(Exception):  # noqa: N818 - a fact about the worker
+    """A worker asked for what it has no right to."""
+
+
+@dataclass(frozen=True, slots=True)
+class _OpenSession:
+    worker: int
+    target: Target | None
+    chain: Chain | None
+    refused: bool
+
+
+class Service:
+    """`exempt(worker, source)` lets the kernel side learn which process image mustered."""
+
+    def __init__(
+        self,
+        *,
+        policy: ActivePolicy,
+        attribution: Attribution,
+        sessions: Sessions,
+        approvals: Approvals,
+        source: Source,
+        authority: HostAuthority,
+        cancels: CancelTable,
+        exempt: Callable[[WorkerProcess, ports.Mustered], Coroutine[Any, Any, None]],
+        find_worker: Callable[[int], WorkerProcess | None],
+        spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+    ) -> None:
+        self._policy = policy
+        self._attribution = attribution
+        self._sessions = sessions
+        self._approvals = approvals
+        self._source = source
+        self._authority = authority
+        self._cancels = cancels
+        self._exempt = exempt
+        self._find_worker = find_worker
+        self._spawn = spawn
+        self._open: dict[str, _OpenSession] = {}
+
+    @property
+    def open_sessions(self) -> int:
+        return len(self._open)
+
+    def handle(self, worker: WorkerProcess, message: ports.FromWorker) -> None:
+        """Answers one message. Raises `Misconduct`: the worker has to be ended."""
+        match message:
+            case ports.Mustered():
+                self._spawn(self._exempt(worker, message))
+            case ports.Attribute():
+                self._attribute(worker, message)
+            case ports.FetchSecret():
+                self._secret(worker, message)
+            case ports.FetchCertificate():
+                self._certificate(worker, message)
+            case ports.Hold():
+                self._own(worker, message.session)
+                self._spawn(self._hold(worker, message))
+            case ports.RegisterCancelKey():
+                self._cancel_key(worker, message)
+            case ports.PassCancel():
+                self._pass_cancel(worker, message)
+            case ports.WithdrawHold():
+                if message.approval in worker.approvals:
+                    self._approvals.withdraw(message.approval, message.why)
+            case ports.SessionClosed():
+                self._closed(worker, message)
+            case ports.Alert():
+                self._own(worker, message.session)
+                log.error("alert", session=message.session, what=message.text)
+            case _:
+                assert_never(message)
+
+    def forget(self, worker: WorkerProcess) -> None:
+        """A worker is gone: its open sessions are closed from their recordings."""
+        for approval in list(worker.approvals):
+            self._approvals.withdraw(approval, "the worker died")
+        for session in sorted(worker.sessions):
+            self._open.pop(session, None)
+            self._cancels.release(session)
+            self._sessions.interrupt(session, f"worker died: {worker.why}")
+        worker.sessions.clear()
+
+    # --- who is it ----------------------------------------------------------------------------------------------------
+
+    def _attribute(self, worker: WorkerProcess, request: ports.Attribute) -> None:
+        policy = self._policy.compiled
+        outcome = self._attribution.attribute(request.peer, request.dialled)
+        chain, refusal, hint = (outcome, "", "") if isinstance(outcome, Chain) else (None, _why(outcome), HINT_UNATTRIBUTED)
+        target = policy.target_at(request.dialled)
+        if not refusal and target is None:
+            refusal, hint = f"{request.dialled} is no target of the policy on this host", HINT_NO_TARGET
+        protocol = target.protocol if target else policy.protocol_at(request.dialled.port) or ""
+        try:
+            opened = self._sessions.open(
+                peer=request.peer,
+                dialled=request.dialled,
+                target=target.name if target else "",
+                protocol=protocol,
+                chain=chain,
+                policy_version=policy.version,
+                refusal=refusal,
+            )
+        except OperatorError as error:
+            log.error("connection refused: it cannot be recorded", dialled=str(request.dialled), why=str(error))
+            worker.channel.send(ports.Refused(id=request.id, message=f"it cannot be recorded: {error}"))
+            return
+        if refusal:
+            log.warning("connection refused", session=opened.id, dialled=str(request.dialled), why=refusal)
+        worker.sessions.add(opened.id)
+        self._open[opened.id] = _OpenSession(worker.pid, target, chain, bool(refusal))
+        try:
+            worker.channel.send(
+                ports.Attributed(
+                    id=request.id,
+                    session=opened.id,
+                    chain=chain,
+                    target=target.name if target else "",
+                    protocol=protocol,
+                    refusal=refusal,
+                    hint=hint,
+                    records=opened.records,
+                    digest=opened.digest,
+                ),
+                [opened.fd],
+            )
+        finally:
+            os.close(opened.fd)
+
+    def _own(self, worker: WorkerProcess, session: str) -> _OpenSession:
+        opened = self._open.get(session)
+        if opened is None or opened.worker != worker.pid:
+            raise Misconduct(f"it spoke for session `{session}`, which it does not have")
+        return opened
+
+    def _attributed(self, worker: WorkerProcess, session: str) -> Target:
+        opened = self._own(worker, session)
+        if opened.refused or opened.target is None:
+            raise Misconduct(f"it asked a secret for session `{session}`, which was refused")
+        return opened.target
+
+    # --- what it gets -------------------------------------------------------------------------------------------------
+
+    def _secret(self, worker: WorkerProcess, request: ports.FetchSecret) -> None:
+        target = self._attributed(worker, request.session)
+        try:
+            credential = self._source.credential(target.credential)
+        except OperatorError as error:
+            log.error("no credential", session=request.session, target=target.name, why=str(error))
+            message = f"the gateway has no credential for target `{target.name}`"
+            worker.channel.send(
+                ports.Refused(id=request.id, message=message, hint="the runner's operators find the reason in hopgate's log")
+            )
+            return
+        worker.channel.send(ports.Secret(id=request.id, user=credential.user, password=credential.password))
+
+    def _certificate(self, worker: WorkerProcess, request: ports.FetchCertificate) -> None:
+        target = self._policy.compiled.targets.get(request.target)
+        if target is None:
+            worker.channel.send(ports.Refused(id=request.id, message=f"target `{request.target}` is not in the policy"))
+            return
+        try:
+            leaf = self._authority.leaf(target.server_name, [endpoint.address for endpoint in target.endpoints])
+        except OperatorError as error:
+            log.error("no certificate", target=target.name, why=str(error))
+            worker.channel.send(ports.Refused(id=request.id, message=str(error)))
+            return
+        descriptor = memory_file("certificate", leaf.pem)
+        try:
+            worker.channel.send(ports.Certificate(id=request.id, not_after_s=leaf.not_after_s), [descriptor])
+        finally:
+            os.close(descriptor)
+
+    def _cancel_key(self, worker: WorkerProcess, request: ports.RegisterCancelKey) -> None:
+        target = self._attributed(worker, request.session)
+        try:
+            key = self._cancels.register(Holder(worker.pid, request.session, target.name))
+        except CancelTableFull as error:
+            log.error("login refused", session=request.session, why=str(error))
+            worker.channel.send(ports.Refused(id=request.id, message=str(error), hint="close sessions that are not needed"))
+            return
+        worker.channel.send(ports.CancelKey(id=request.id, key=key))
+
+    def _pass_cancel(self, worker: WorkerProcess, request: ports.PassCancel) -> None:
+        target = self._attributed(worker, request.session)
+        holder = self._cancels.find(request.key)
+        owner = self._find_worker(holder.worker) if holder is not None else None
+        found = holder is not None and owner is not None and holder.target == target.name
+        if found:
+            assert holder is not None
+            assert owner is not None
+            owner.channel.send(ports.CancelSession(session=holder.session))
+        worker.channel.send(ports.CancelPassed(id=request.id, found=found))
+
+    # --- what it waits for, and its end -------------------------------------------------------------------------------
+
+    async def _hold(self, worker: WorkerProcess, request: ports.Hold) -> None:
+        worker.approvals.add(request.approval)
+        try:
+            decided = await self._approvals.hold(
+                approval=request.approval,
+                session=request.session,
+                operation=request.operation,
+                hop=request.hop,
+                rule=request.rule,
+                preview=request.preview,
+                timeout_s=request.timeout_s,
+            )
+        except OperatorError as error:
+            log.error("hold refused", session=request.session, why=str(error))
+            worker.channel.send(ports.Refused(id=request.id, message=str(error)))
+            return
+        finally:
+            worker.approvals.discard(request.approval)
+        worker.channel.send(
+            ports.HoldDecided(id=request.id, outcome=decided.outcome, by=decided.by, reason=decided.reason)
+        )
+
+    def _closed(self, worker: WorkerProcess, message: ports.SessionClosed) -> None:
+        self._own(worker, message.session)
+        del self._open[message.session]
+        worker.sessions.discard(message.session)
+        self._cancels.release(message.session)
+        self._sessions.close(
+            message.session,
+            records=message.records,
+            digest=message.digest,
+            operations=message.operations,
+            denied=message.denied,
+            reason=message.reason,
+        )
+
+
+def memory_file(name: str, content: bytes) -> int:
+    """A descriptor of an anonymous file in memory with this content; the caller owns it."""
+    descriptor = os.memfd_create(name, os.MFD_CLOEXEC)
+    view = memoryview(content)
+    while view:
+        view = view[os.write(descriptor, view) :]
+    return descriptor
+
+
+def _why(refused: Refused) -> str:
+    return f"this connection could not be attributed to a process: {refused.reason}"
