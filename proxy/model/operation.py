@@ -39,7 +39,9 @@ class StatementFacts:
     """What the grammar alone says of one statement.
 
     `kind` is a documented lower-case word (`select`, `insert`, `update`, `delete`, `drop-table`, `set`, …).
-    `parameter` is the setting's name for `set`/`reset`/`show`. `unguarded` says that an UPDATE or DELETE has no WHERE.
+    `parameter` is the setting's name in lower case for `set`/`reset`/`show`, and `value` what it is set to where that is a
+    plain constant. `unguarded` says that an UPDATE or DELETE has no WHERE. `also` are parts of the statement that are kinds of
+    their own: a data-modifying WITH query, what PREPARE prepares, the rows that FOR UPDATE locks.
 
     For masks: `output_columns` are names of plain column references in the outermost target list, which the server's
     RowDescription will trace; `exposed_columns` are names of columns referred to anywhere else (expressions, WHERE,
@@ -54,14 +56,21 @@ class StatementFacts:
     writes: frozenset[Relation] = frozenset()
     functions: frozenset[str] = frozenset()
     parameter: str = ""
+    value: str = ""
     unguarded: bool = False
     output_columns: frozenset[str] = frozenset()
     exposed_columns: frozenset[str] = frozenset()
     opaque: tuple[str, ...] = ()
+    also: tuple[StatementFacts, ...] = ()
 
     @property
     def relations(self) -> frozenset[Relation]:
         return self.reads | self.writes
+
+    @property
+    def parts(self) -> tuple[StatementFacts, ...]:
+        """The statement itself and every kind inside it."""
+        return (self, *(part for inner in self.also for part in inner.parts))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

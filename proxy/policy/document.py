@@ -1,0 +1,271 @@
+"""What a policy says, in three forms: as written (`PolicyFile`), as read (`Document`) and as workers get it
+(`ResolvedPolicy`).
+
+`PolicyFile` and its parts are the grammar of the YAML files: the loader reads by them, and `policies/schema.json` is
+made from them. `Document` is what all files of a directory say together, checked. `ResolvedPolicy` has addresses in
+place of names and carries a version: two policies with the same version rule alike, in whatever order they were
+written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import ipaddress
+from collections.abc import Callable, Sequence
+from typing import Annotated, Literal
+
+import msgspec
+
+from proxy.model import Endpoint, Target, TlsMode
+
+DEFAULT_HOLD_S = 60.0
+"""How long a hold waits when the rule does not say: short, since inside a transaction it holds locks."""
+
+DEFAULT_PORTS = {"postgresql": 5432}
+"""Port of an address that has none, by protocol; its keys are the protocols there are."""
+
+MASK_METHODS = ("redact", "hash", "partial")
+"""Strictest first."""
+
+ProtocolName = Literal["postgresql"]
+DecisionName = Literal["allow", "deny", "hold"]
+MaskMethod = Literal["redact", "hash", "partial"]
+Words = str | tuple[str, ...]
+Duration = Annotated[str, msgspec.Meta(pattern="^[0-9]+(ms|s|m|h)$", description="for example 60s or 5m")]
+
+
+class PolicyError(Exception):
+    """The policy cannot be used. `problems` are all of them, each as `file:line: message`."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = tuple(problems)
+
+
+# --- as written -------------------------------------------------------------------------------------------------------
+
+
+class AgentEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Which process images are this agent: all conditions have to hold."""
+
+    exe: Annotated[str, msgspec.Meta(description="absolute path of the executable; compared as the file it is")]
+    sha256: Annotated[str, msgspec.Meta(description="of the executable, 64 hex digits")] = ""
+    argv: Annotated[str, msgspec.Meta(description="glob over the arguments joined by spaces")] = ""
+    uid: int | None = None
+    cgroup: Annotated[str, msgspec.Meta(description="glob over the cgroup's path")] = ""
+
+
+class TlsEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """TLS towards the target; `ca` empty means the system's trusted roots."""
+
+    mode: TlsMode = TlsMode.VERIFY_FULL
+    ca: Annotated[str, msgspec.Meta(description="PEM file, absolute or relative to the policy file")] = ""
+
+
+class TargetEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A database under protection."""
+
+    protocol: ProtocolName
+    addresses: Annotated[Words, msgspec.Meta(description="host, host:port or [v6]:port; names are resolved at load")]
+    credential: Annotated[str, msgspec.Meta(description="entry of the host's credential source")]
+    server_name: Annotated[str, msgspec.Meta(description="what verify-full checks; default: name in addresses")] = ""
+    tls: TlsEntry = TlsEntry()
+    databases: Annotated[Words, msgspec.Meta(description="databases that may be opened; default: any")] = ()
+
+
+class MaskEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One masked column."""
+
+    column: Annotated[str, msgspec.Meta(description="schema.relation.column, as the catalog spells it")]
+    method: MaskMethod
+
+
+class RuleEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Says a decision on statements, or masks columns, or both."""
+
+    name: str
+    agents: Annotated[Words, msgspec.Meta(description="agent names, or * for all agents (not `unattributed`)")]
+    targets: Annotated[Words, msgspec.Meta(description="target names, or *")]
+    decision: DecisionName | None = None
+    statements: Annotated[Words, msgspec.Meta(description="statement kinds, groups, globs, or *")] = ()
+    relations: Annotated[Words, msgspec.Meta(description="schema.relation, * allowed; default: any")] = ()
+    functions: Annotated[Words, msgspec.Meta(description="functions beyond the safe built-in ones")] = ()
+    timeout: Duration | None = None
+    hint: Annotated[str, msgspec.Meta(description="what the denied person may do next")] = ""
+    masks: tuple[MaskEntry, ...] = ()
+
+
+class PolicyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One YAML file."""
+
+    agents: dict[str, AgentEntry] = {}
+    targets: dict[str, TargetEntry] = {}
+    rules: tuple[RuleEntry, ...] = ()
+    protect: Annotated[
+        dict[int, ProtocolName], msgspec.Meta(description="ports that are redirected for any address; adds to 5432")
+    ] = {}
+
+
+# --- as read ----------------------------------------------------------------------------------------------------------
+
+
+class Agent(msgspec.Struct, frozen=True):
+    """A named identity and the process images that have it. Empty or None: any."""
+
+    name: str
+    exe: str
+    sha256: str = ""
+    argv: str = ""
+    uid: int | None = None
+    cgroup: str = ""
+
+
+class Mask(msgspec.Struct, frozen=True):
+    """A masked column, and the method."""
+
+    schema: str
+    relation: str
+    column: str
+    method: MaskMethod
+
+
+class Rule(msgspec.Struct, frozen=True):
+    """One rule. `agents` and `targets` are names or `("*",)`. Empty `relations`: any. `decision` None: only masks."""
+
+    name: str
+    agents: tuple[str, ...]
+    targets: tuple[str, ...]
+    decision: DecisionName | None
+    statements: tuple[str, ...]
+    relations: tuple[str, ...]
+    functions: tuple[str, ...]
+    timeout_s: float
+    hint: str
+    masks: tuple[Mask, ...]
+
+
+class Host(msgspec.Struct, frozen=True):
+    """An address as written: a numeric one or a name, a port, and where it was written."""
+
+    host: str
+    port: int
+    place: str
+
+    @property
+    def numeric(self) -> bool:
+        try:
+            ipaddress.ip_address(self.host)
+        except ValueError:
+            return False
+        return True
+
+
+class NamedTarget(msgspec.Struct, frozen=True):
+    """A target whose addresses may still be names."""
+
+    name: str
+    protocol: ProtocolName
+    hosts: tuple[Host, ...]
+    server_name: str
+    tls_mode: TlsMode
+    ca_pem: str
+    credential: str
+    databases: tuple[str, ...]
+
+
+class Document(msgspec.Struct, frozen=True):
+    """What all files say together, checked. `files` are those that were read."""
+
+    agents: tuple[Agent, ...]
+    targets: tuple[NamedTarget, ...]
+    rules: tuple[Rule, ...]
+    protected_ports: dict[int, str]
+    files: tuple[str, ...] = ()
+
+
+# --- as workers get it ------------------------------------------------------------------------------------------------
+
+
+class ResolvedPolicy(msgspec.Struct, frozen=True):
+    """The policy with numeric addresses. `version` is twelve hex digits of SHA-256 over the rest, in canonical
+    order."""
+
+    version: str
+    agents: tuple[Agent, ...]
+    targets: tuple[Target, ...]
+    rules: tuple[Rule, ...]
+    protected_ports: dict[int, str]
+
+
+Resolver = Callable[[str], Sequence[str]]
+"""Turns a host name into numeric addresses. Raises `OSError` when it cannot."""
+
+
+def numeric_address(text: str) -> str:
+    """The canonical spelling of an address; a v4-mapped IPv6 address becomes IPv4. Raises `ValueError`."""
+    address = ipaddress.ip_address(text)
+    if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
+        return str(address.ipv4_mapped)
+    return str(address)
+
+
+def _addresses(host: Host, resolver: Resolver) -> Sequence[str]:
+    if host.numeric:
+        return (host.host,)
+    try:
+        found = resolver(host.host)
+    except OSError as error:
+        raise PolicyError([f"{host.place}: host name `{host.host}` does not resolve: {error}"]) from None
+    if not found:
+        raise PolicyError([f"{host.place}: host name `{host.host}` has no address"])
+    return found
+
+
+def resolve(document: Document, resolver: Resolver) -> ResolvedPolicy:
+    """Puts addresses in place of names. Raises `PolicyError` when a name has none, or when two targets share one."""
+    problems: list[str] = []
+    owners: dict[Endpoint, str] = {}
+    targets: list[Target] = []
+    for named in sorted(document.targets, key=lambda target: target.name):
+        endpoints: set[Endpoint] = set()
+        for host in named.hosts:
+            try:
+                found = {Endpoint(numeric_address(each), host.port) for each in _addresses(host, resolver)}
+            except PolicyError as error:
+                problems += error.problems
+                continue
+            problems += [
+                f"{host.place}: `{endpoint}` of target `{named.name}` is also an address of target `{owners[endpoint]}`"
+                for endpoint in sorted(found)
+                if owners.setdefault(endpoint, named.name) != named.name
+            ]
+            endpoints |= found
+        targets.append(
+            Target(
+                name=named.name,
+                protocol=named.protocol,
+                endpoints=tuple(sorted(endpoints)),
+                tls_mode=named.tls_mode,
+                server_name=named.server_name,
+                ca_pem=named.ca_pem,
+                credential=named.credential,
+                databases=named.databases,
+            )
+        )
+    if problems:
+        raise PolicyError(problems)
+    unversioned = ResolvedPolicy(
+        version="",
+        agents=tuple(sorted(document.agents, key=lambda agent: agent.name)),
+        targets=tuple(targets),
+        rules=tuple(sorted(document.rules, key=lambda rule: rule.name)),
+        protected_ports=dict(sorted(document.protected_ports.items())),
+    )
+    digest = hashlib.sha256(msgspec.json.encode(unversioned, order="sorted")).hexdigest()
+    return msgspec.structs.replace(unversioned, version=digest[:12])
+
+
+def schema() -> dict[str, object]:
+    """The JSON schema of one policy file, for editors."""
+    made: dict[str, object] = msgspec.json.schema(PolicyFile)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "hopgate policy", **made}
