@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 import structlog
 
-from hostagent.control.store import ApprovalRow, Outcome, Store, StoreUnavailable
+from hostagent.control.rows import ApprovalRow, Outcome
+from hostagent.control.store import Store, StoreUnavailable
 from hostagent.errors import OperatorError
 from proxy.ports import APPROVAL_LETTERS
 

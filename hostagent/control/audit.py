@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from hostagent.control.rows import SessionRow, SessionState
 from hostagent.control.sessions import SUFFIX
-from hostagent.control.store import SessionRow, SessionState, Store
+from hostagent.control.store import Store
 from proxy.recording import State, verify
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import msgspec
 
-from hostagent.control.store import ApprovalRow
+from hostagent.control.rows import ApprovalRow
 
 MAX_REQUEST = 16 * 1024
 MAX_ANSWER = 16 * 1024 * 1024

@@ -24,7 +24,8 @@ from pathlib import Path
 
 import structlog
 
-from hostagent.control.store import SessionRow, SessionState, Store, StoreUnavailable
+from hostagent.control.rows import SessionRow, SessionState
+from hostagent.control.store import Store, StoreUnavailable
 from hostagent.errors import OperatorError
 from proxy.model import Chain, Endpoint
 from proxy.recording import AuditUnavailable, BrokenRecording, State, read, verify

@@ -1,0 +1,5 @@
+"""`python -m hostagent.cli`."""
+
+from hostagent.cli import main
+
+main()
