@@ -21,13 +21,14 @@ _DECISIONS = {"allow": Decision.ALLOW, "hold": Decision.HOLD, "deny": Decision.D
 
 
 class CompiledPolicy:
-    """One version of the policy, ready to rule. `mask_key` keys the `hash` masks and is not kept."""
+    """One version of the policy, ready to rule. `targets` are by name; `mask_key` keys the `hash` masks."""
 
     def __init__(self, resolved: ResolvedPolicy, mask_key: bytes) -> None:
         self.version = resolved.version
         self._agents = frozenset(agent.name for agent in resolved.agents) | {UNATTRIBUTED}
         self._protocols = dict(resolved.protected_ports)
-        self._targets = {endpoint: target for target in resolved.targets for endpoint in target.endpoints}
+        self.targets = {target.name: target for target in resolved.targets}
+        self._endpoints = {endpoint: target for target in resolved.targets for endpoint in target.endpoints}
         self._rules = [(rule, _compile(rule)) for rule in resolved.rules]
         self._maskers = {
             method: masker(method, mask_key)
@@ -38,7 +39,7 @@ class CompiledPolicy:
 
     def target_at(self, endpoint: Endpoint) -> Target | None:
         """The target that this address and port belong to."""
-        return self._targets.get(endpoint)
+        return self._endpoints.get(endpoint)
 
     def protocol_at(self, port: int) -> str | None:
         """The protocol spoken at a protected port, wherever it is."""

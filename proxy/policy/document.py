@@ -261,7 +261,8 @@ def resolve(document: Document, resolver: Resolver) -> ResolvedPolicy:
         rules=tuple(sorted(document.rules, key=lambda rule: rule.name)),
         protected_ports=dict(sorted(document.protected_ports.items())),
     )
-    digest = hashlib.sha256(msgspec.json.encode(unversioned, order="sorted")).hexdigest()
+    canonical = msgspec.json.encode(msgspec.to_builtins(unversioned, str_keys=True), order="sorted")
+    digest = hashlib.sha256(canonical).hexdigest()
     return msgspec.structs.replace(unversioned, version=digest[:12])
 
 
