@@ -1,7 +1,7 @@
 """Which session a synthetic cancel key belongs to.
 
-A client that wants to cancel opens a second connection, which any worker may get, and shows the key that it was given at login.
-Keys are random, live as long as their session, and are never evicted: when the table is full, logins fail.
+A client that wants to cancel opens a second connection, which any worker may get, and shows the key that it was given
+at login. Keys are random, live as long as their session, and are never evicted: when the table is full, logins fail.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 MAX_KEYS = 65_536
 
 
-class CancelTableFull(Exception):  # noqa: N818 - a fact about the table
+class CancelTableFull(Exception):
     """Every key is in use by a live session."""
 
 
@@ -33,8 +33,8 @@ class CancelTable:
         self._keys: dict[str, bytes] = {}
 
     def register(self, holder: Holder) -> bytes:
-        """A new key for the session: 8 bytes, the first four a positive process id as clients expect (PostgreSQL manual,
-        "BackendKeyData"). Raises `CancelTableFull`."""
+        """A new key for the session: 8 bytes, the first four a positive process id as clients expect (PostgreSQL
+        manual, "BackendKeyData"). Raises `CancelTableFull`."""
         if holder.session in self._keys:
             return self._keys[holder.session]
         if len(self._holders) >= MAX_KEYS:

@@ -1,8 +1,8 @@
 """Composition root of the host agent: what is started in which order, what is watched, and what stays when it ends.
 
     policy, CA, store      nothing of the kernel is touched before these are there
-    kernel                 hooks attached and pinned (or found pinned), older processes seeded, rules in: from here on closed
-    listener, workers      connections are served once the workers are exempt from the redirect
+    kernel                 hooks attached and pinned (or found pinned), older processes seeded, rules in: from here on
+    closed listener, workers      connections are served once the workers are exempt from the redirect
     READY
 
 When the daemon ends, in whatever way, hooks and rules stay: connections are refused until it is back. `hopgate cleanup`
@@ -16,9 +16,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Any
 
 import msgspec
 import structlog
@@ -48,7 +46,6 @@ log = structlog.get_logger()
 SWEEP_INTERVAL_S = 5.0
 RECORD_AGE_S = 30.0
 """How long a connection may wait to be accepted before its record of who it is counts as stale."""
-MUSTER_TIMEOUT_S = 10.0
 
 
 class Daemon:
@@ -58,7 +55,7 @@ class Daemon:
         self.settings = settings
         self.started_s = time.time()
         self._stopping = asyncio.Event()
-        self._muster_records: dict[Endpoint, int] = {}
+        self._serving = asyncio.Event()
 
     async def serve(self) -> None:
         """Runs until it is told to stop. Raises `OperatorError` when it cannot start."""
@@ -142,7 +139,7 @@ class Daemon:
         return {
             "policy": self.policy.compiled.version,
             "policy_problem": self.policy.problem,
-            "targets": sorted(self.policy.compiled.targets),
+            "targets": sorted(self.policy.targets),
             "workers": sum(worker.serving for worker in self.workers.running.values()),
             "worker_deaths": self.workers.deaths,
             "open_sessions": self.service.open_sessions,
@@ -180,31 +177,26 @@ class Daemon:
             self.pins.unexempt(worker.node)
 
     async def _accept_musters(self, muster: socket.socket) -> None:
-        """Keeps the image of each process that connects to the muster address, until a worker claims it."""
+        """Keeps the queue of the muster address empty: what counts is the record of the connect, not the connection."""
         loop = asyncio.get_running_loop()
         muster.setblocking(False)
         while True:
-            accepted, address = await loop.sock_accept(muster)
+            accepted, _ = await loop.sock_accept(muster)
             accepted.close()
-            source = endpoint(*address[:2])
-            taken = self.pins.take(source, self._muster_endpoint)
-            if isinstance(taken, kernel.ConnectRecord):
-                self._muster_records[source] = taken.node
 
-    async def _exempt(self, worker: WorkerProcess, message: ports.Mustered) -> None:
-        """The image that connected from where the worker says it did is the worker's, if it is a child of ours."""
-        try:
-            async with asyncio.timeout(MUSTER_TIMEOUT_S):
-                while (node := self._muster_records.pop(message.source, None)) is None:
-                    await asyncio.sleep(0.005)
-        except TimeoutError:
-            self.workers.kill(worker, f"it did not muster from {message.source} within {MUSTER_TIMEOUT_S:g} s")
+    def _exempt(self, worker: WorkerProcess, message: ports.Mustered) -> None:
+        """The image that connected from where the worker says it did is the worker's: while the worker keeps its end open
+        nobody else can have that port, and the record is that of the latest connect from it."""
+        taken = self.pins.take(message.source, self._muster_endpoint)
+        if not isinstance(taken, kernel.ConnectRecord):
+            self.workers.kill(worker, f"there is no record of its muster from {message.source}: {taken.reason}")
             return
-        worker.node = node
-        self.pins.exempt(node)
+        worker.node = taken.node
+        self.pins.exempt(taken.node)
         worker.channel.send(ports.Begin(id=message.id))
         self._send_policy([worker])
         worker.serving = True
+        self._serving.set()
 
     def _send_policy(self, workers: list[WorkerProcess]) -> None:
         descriptor = memory_file("policy", msgspec.msgpack.encode(self.policy.resolved))
@@ -233,8 +225,7 @@ class Daemon:
             self.pins.sweep(RECORD_AGE_S)
 
     async def _tell_when_ready(self) -> None:
-        while not any(worker.serving for worker in self.workers.running.values()):
-            await asyncio.sleep(0.01)
+        await self._serving.wait()
         notify(READY=1, MAINPID=os.getpid())
         self._notify_status()
         log.info("ready", policy=self.policy.compiled.version, port=self.settings.listen_port)
@@ -245,11 +236,15 @@ class Daemon:
 
     def _notify_status(self) -> None:
         problem = self.policy.problem.splitlines()
-        notify(STATUS=f"policy {self.policy.compiled.version}" + (f", NOT what is on disk: {problem[0]}" if problem else ""))
+        notify(
+            STATUS=f"policy {self.policy.compiled.version}"
+            + (f", NOT what is on disk: {problem[0]}" if problem else "")
+        )
 
 
 def _listening_socket(port: int) -> socket.socket:
-    """IPv6 and IPv4 on one socket; IPv4 alone where the kernel has no IPv6. Raises `OperatorError` when the port is taken."""
+    """IPv6 and IPv4 on one socket; IPv4 alone where the kernel has no IPv6. Raises `OperatorError` when the port is
+    taken."""
     ipv6 = socket.has_dualstack_ipv6()
     try:
         return socket.create_server(
@@ -283,5 +278,3 @@ def run(settings: Settings) -> None:
 
 async def _run(settings: Settings) -> None:
     await Daemon(settings).serve()
-
-

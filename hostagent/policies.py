@@ -15,7 +15,8 @@ from pathlib import Path
 import structlog
 
 from hostagent.errors import OperatorError
-from proxy.policy.decide import CompiledPolicy
+from proxy.model import Target
+from proxy.policy.compile import CompiledPolicy
 from proxy.policy.document import DEFAULT_PORTS, Document, PolicyError, ResolvedPolicy, resolve
 from proxy.policy.load import load
 
@@ -36,6 +37,11 @@ class ActivePolicy:
         self.compiled = CompiledPolicy(self.resolved, mask_key)
         self.problem = "no policy was loaded: everything is denied"
 
+    @property
+    def targets(self) -> dict[str, Target]:
+        """The targets by name."""
+        return {target.name: target for target in self.resolved.targets}
+
     def reload(self) -> None:
         """Takes what is on disk. Raises `PolicyUnusable`, and keeps what was in force."""
         try:
@@ -46,7 +52,7 @@ class ActivePolicy:
             log.error("policy not loaded", kept=self.compiled.version, problems=error.problems)
             raise PolicyUnusable(str(error)) from error
         self.resolved, self.compiled, self.problem = resolved, compiled, ""
-        log.info("policy loaded", version=compiled.version, targets=sorted(compiled.targets))
+        log.info("policy loaded", version=compiled.version, targets=sorted(self.targets))
 
 
 def _nothing() -> ResolvedPolicy:

@@ -1,7 +1,7 @@
 """Answers what the workers ask: who connected, with which credential, may it go on, whose cancel key is this.
 
-The workers read hostile bytes, so what they say is checked against what was handed out: a worker may speak only for its own
-open sessions, and only an attributed, unrefused session gets a credential. A worker that asks out of turn is ended.
+The workers read hostile bytes, so what they say is checked against what was handed out: a worker may speak only for its
+own open sessions, and only an attributed, unrefused session gets a credential. A worker that asks out of turn is ended.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from hostagent.policies import ActivePolicy
 from hostagent.workers import WorkerProcess
 from proxy import ports
 from proxy.model import Chain, Target
+from proxy.recording import AuditUnavailable
 
 log = structlog.get_logger()
 
@@ -32,7 +33,7 @@ HINT_UNATTRIBUTED = "run it below the runner's own processes on this host, or as
 HINT_NO_TARGET = "ask the owners of the policy to add this address to a target"
 
 
-class Misconduct(Exception):  # noqa: N818 - a fact about the worker
+class Misconduct(Exception):
     """A worker asked for what it has no right to."""
 
 
@@ -57,7 +58,7 @@ class Service:
         source: Source,
         authority: HostAuthority,
         cancels: CancelTable,
-        exempt: Callable[[WorkerProcess, ports.Mustered], Coroutine[Any, Any, None]],
+        exempt: Callable[[WorkerProcess, ports.Mustered], None],
         find_worker: Callable[[int], WorkerProcess | None],
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
@@ -81,7 +82,7 @@ class Service:
         """Answers one message. Raises `Misconduct`: the worker has to be ended."""
         match message:
             case ports.Mustered():
-                self._spawn(self._exempt(worker, message))
+                self._exempt(worker, message)
             case ports.Attribute():
                 self._attribute(worker, message)
             case ports.FetchSecret():
@@ -121,7 +122,9 @@ class Service:
     def _attribute(self, worker: WorkerProcess, request: ports.Attribute) -> None:
         policy = self._policy.compiled
         outcome = self._attribution.attribute(request.peer, request.dialled)
-        chain, refusal, hint = (outcome, "", "") if isinstance(outcome, Chain) else (None, _why(outcome), HINT_UNATTRIBUTED)
+        chain, refusal, hint = (
+            (outcome, "", "") if isinstance(outcome, Chain) else (None, _why(outcome), HINT_UNATTRIBUTED)
+        )
         target = policy.target_at(request.dialled)
         if not refusal and target is None:
             refusal, hint = f"{request.dialled} is no target of the policy on this host", HINT_NO_TARGET
@@ -136,7 +139,7 @@ class Service:
                 policy_version=policy.version,
                 refusal=refusal,
             )
-        except OperatorError as error:
+        except AuditUnavailable as error:
             log.error("connection refused: it cannot be recorded", dialled=str(request.dialled), why=str(error))
             worker.channel.send(ports.Refused(id=request.id, message=f"it cannot be recorded: {error}"))
             return
@@ -184,13 +187,15 @@ class Service:
             log.error("no credential", session=request.session, target=target.name, why=str(error))
             message = f"the gateway has no credential for target `{target.name}`"
             worker.channel.send(
-                ports.Refused(id=request.id, message=message, hint="the runner's operators find the reason in hopgate's log")
+                ports.Refused(
+                    id=request.id, message=message, hint="the runner's operators find the reason in hopgate's log"
+                )
             )
             return
         worker.channel.send(ports.Secret(id=request.id, user=credential.user, password=credential.password))
 
     def _certificate(self, worker: WorkerProcess, request: ports.FetchCertificate) -> None:
-        target = self._policy.compiled.targets.get(request.target)
+        target = self._policy.targets.get(request.target)
         if target is None:
             worker.channel.send(ports.Refused(id=request.id, message=f"target `{request.target}` is not in the policy"))
             return
@@ -212,7 +217,9 @@ class Service:
             key = self._cancels.register(Holder(worker.pid, request.session, target.name))
         except CancelTableFull as error:
             log.error("login refused", session=request.session, why=str(error))
-            worker.channel.send(ports.Refused(id=request.id, message=str(error), hint="close sessions that are not needed"))
+            worker.channel.send(
+                ports.Refused(id=request.id, message=str(error), hint="close sessions that are not needed")
+            )
             return
         worker.channel.send(ports.CancelKey(id=request.id, key=key))
 

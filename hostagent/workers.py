@@ -2,8 +2,9 @@
 
     starting --(mustered, exempt, has its policy)--> serving --(exit)--> gone --(back-off)--> starting
 
-A worker that dies takes its connections with it, and nothing else: its sessions are closed from their recordings, its cancel
-keys are released, and another one is started. The listening socket is ours, so clients meanwhile wait or go to the others.
+A worker that dies takes its connections with it, and nothing else: its sessions are closed from their recordings, its
+cancel keys are released, and another one is started. The listening socket is ours, so clients meanwhile wait or go to
+the others.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ class Workers:
         self._cgroup = cgroup
         self._on_message = on_message
         self._on_gone = on_gone
-        self._stopping = False
+        self._stopping = asyncio.Event()
         user = pwd.getpwnam(settings.worker_user)
         if user.pw_uid == 0:
             raise ValueError(f"worker_user `{settings.worker_user}` is root: name an unprivileged user")
@@ -83,7 +84,7 @@ class Workers:
 
     async def stop(self) -> None:
         """Asks all workers to end, and ends those that do not."""
-        self._stopping = True
+        self._stopping.set()
         workers = list(self.running.values())
         for worker in workers:
             worker.process.send_signal(signal.SIGTERM)
@@ -110,13 +111,13 @@ class Workers:
     async def _keep_one(self) -> None:
         loop = asyncio.get_running_loop()
         failures = 0
-        while not self._stopping:
+        while not self._stopping.is_set():
             started = loop.time()
             worker = self._start()
             await worker.gone.wait()
             self.running.pop(worker.pid, None)
             self._on_gone(worker)
-            if self._stopping:
+            if self._stopping.is_set():
                 return
             self.deaths += 1
             failures = 0 if loop.time() - started > STEADY_S else failures + 1

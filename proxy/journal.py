@@ -12,7 +12,8 @@ import structlog
 
 
 def configure(level: str, **context: object) -> None:
-    """Sets up structlog for this process: JSON lines, or coloured text on a terminal. `context` is bound to every line."""
+    """Sets up structlog for this process: JSON lines, or coloured text on a terminal. `context` is bound to every
+    line."""
     renderer: structlog.typing.Processor = (
         structlog.dev.ConsoleRenderer() if sys.stderr.isatty() else structlog.processors.JSONRenderer()
     )

@@ -1,11 +1,11 @@
 """What a worker asks of the host agent, and the messages that carry it.
 
 A worker has no capability, no credential and no key of its own. It asks over one inherited `SOCK_SEQPACKET` Unix
-socket: one message a datagram, msgpack, at most `MAX_MESSAGE` bytes, file descriptors by SCM_RIGHTS. `Request`s carry an
-`id` and get one `Reply` with the same `id`; `Notice`s of the worker get none; `Push`es come from the host agent.
+socket: one message a datagram, msgpack, at most `MAX_MESSAGE` bytes, file descriptors by SCM_RIGHTS. `Request`s carry
+an `id` and get one `Reply` with the same `id`; `Notice`s of the worker get none; `Push`es come from the host agent.
 
-The host agent treats a worker as hostile: it bounds and checks whatever a worker says, and a worker that breaks the form
-is killed. The worker trusts the host agent.
+The host agent treats a worker as hostile: it bounds and checks whatever a worker says, and a worker that breaks the
+form is killed. The worker trusts the host agent.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ class Attribute(Request, frozen=True, kw_only=True):
 
 
 class FetchSecret(Request, frozen=True, kw_only=True):
-    """The credential for the session's target, as the session's policy names it. `session` must be open and attributed."""
+    """The credential for the session's target, as the session's policy names it. `session` must be open and
+    attributed."""
 
     session: str
 
@@ -67,15 +68,16 @@ class RegisterCancelKey(Request, frozen=True, kw_only=True):
 
 
 class PassCancel(Request, frozen=True, kw_only=True):
-    """A client sent a cancel request with this key (on session `session`); the host agent tells the worker that has it."""
+    """A client sent a cancel request with this key (on session `session`); the host agent tells the worker that has
+    it."""
 
     session: str
     key: bytes
 
 
 class Mustered(Request, frozen=True, kw_only=True):
-    """The worker has connected to the muster address, from `source`, so that the kernel side learns which process image it
-    is. Asked once, first; answered by `Begin`."""
+    """The worker has connected to the muster address, from `source`, so that the kernel side learns which process image
+    it is. Asked once, first; answered by `Begin`."""
 
     source: Endpoint
 
@@ -124,9 +126,9 @@ class Reply(msgspec.Struct, frozen=True, tag=True, tag_field="is", kw_only=True)
 
 
 class Attributed(Reply, frozen=True, kw_only=True):
-    """`session` is the new session's id. `refusal` is empty, or says for the client why it may not go on, and `chain` is
-    None where it is not known. `target` is the name of the dialled target, or empty. The recording's descriptor comes along
-    (append only); its header is already written: `records` lines, chain `digest` (hex)."""
+    """`session` is the new session's id. `refusal` is empty, or says for the client why it may not go on, and `chain`
+    is None where it is not known. `target` is the name of the dialled target, or empty. The recording's descriptor
+    comes along (append only); its header is already written: `records` lines, chain `digest` (hex)."""
 
     session: str
     chain: Chain | None
@@ -149,7 +151,8 @@ class Secret(Reply, frozen=True, kw_only=True):
 
 
 class Certificate(Reply, frozen=True, kw_only=True):
-    """PEM; comes with a descriptor (memfd) that holds the key and the chain, since OpenSSL loads those from files only."""
+    """PEM; comes with a descriptor (memfd) that holds the key and the chain, since OpenSSL loads those from files
+    only."""
 
     not_after_s: int
 
@@ -218,7 +221,7 @@ Push = LoadPolicy | CancelSession
 """What comes to a worker without having been asked for."""
 
 
-class Unavailable(Exception):  # noqa: N818 - a fact about the host agent
+class Unavailable(Exception):
     """The host agent refused or is gone. The message is for the client."""
 
     def __init__(self, message: str, hint: str = "") -> None:

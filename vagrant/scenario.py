@@ -1,7 +1,7 @@
 """The promises of the nested-agents example, each tried for real and told in a table: expected, seen.
 
-One scenario, two beds to lie in: a lab of network namespaces (`scripts/demo`), and the installed service on a machine that
-`vagrant/provision.sh` has made (this file as a program, as root). Needs only the standard library.
+One scenario, two beds to lie in: a lab of network namespaces (`scripts/demo`), and the installed service on a machine
+that `vagrant/provision.sh` has made (this file as a program, as root). Needs only the standard library.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Protocol
 
 CUSTOMERS = [["Ada", "ada@example.com", "4111111111111111"], ["Grace", "grace@example.com", "5500005555555559"]]
-MASKED = "Ada|a**@example.com|***\nGrace|g****@example.com|***"
+MASKED = "Ada|a***@example.com|***\nGrace|g***@example.com|***"
 PATIENCE_S = 30.0
 
 
 class Bed(Protocol):
-    """Where the scenario runs. `agents` is the directory with the agents' programs, `work` one that jobs may write to."""
+    """Where the scenario runs. `agents` is the directory with the agents' programs, `work` one that jobs may write
+    to."""
 
     agents: Path
     work: Path
@@ -213,7 +214,11 @@ def perform(bed: Bed) -> int:
     scenario = Scenario(bed)
     kept = scenario.run()
     wrong = sum(not row[3] for row in scenario.rows)
-    print(f"{len(scenario.rows)} promises, {wrong} not kept" if not kept else f"all {len(scenario.rows)} promises were kept")
+    print(
+        f"{len(scenario.rows)} promises, {wrong} not kept"
+        if not kept
+        else f"all {len(scenario.rows)} promises were kept"
+    )
     return 0 if kept else 1
 
 
@@ -247,7 +252,9 @@ class InstalledBed:
         )
 
     def hopgate(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(["hopgate", *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+        return subprocess.run(
+            ["hopgate", *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60
+        )
 
     def kill(self) -> None:
         subprocess.run(["systemctl", "kill", "-s", "KILL", "hopgate"], check=True)

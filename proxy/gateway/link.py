@@ -1,7 +1,7 @@
 """The worker's side of the conversation with the host agent: implements every port of `proxy/ports.py`.
 
-When the channel closes, every waiting request fails and the worker ends: without the host agent there is no attribution, no
-credential and no audit, so there is no access.
+When the channel closes, every waiting request fails and the worker ends: without the host agent there is no
+attribution, no credential and no audit, so there is no access.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ class HostLink(ports.Attributor, ports.Broker, ports.Approver, ports.Cancels):
             raise
 
     async def cancel_key(self, session: str) -> bytes:
-        return _answer(await self._ask(ports.RegisterCancelKey(id=next(self._ids), session=session)), ports.CancelKey).key
+        return _answer(
+            await self._ask(ports.RegisterCancelKey(id=next(self._ids), session=session)), ports.CancelKey
+        ).key
 
     async def pass_cancel(self, session: str, key: bytes) -> bool:
         return _answer(

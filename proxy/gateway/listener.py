@@ -1,7 +1,8 @@
 """Where redirected connections arrive: whom the client is, and whom it thinks it dialled.
 
-The listening socket is the host agent's, shared by all workers. netfilter's REDIRECT has changed the destination; the one
-that the client dialled is asked of conntrack with `SO_ORIGINAL_DST` (linux/netfilter_ipv4.h, linux/netfilter_ipv6/ip6_tables.h).
+The listening socket is the host agent's, shared by all workers. netfilter's REDIRECT has changed the destination; the
+one that the client dialled is asked of conntrack with `SO_ORIGINAL_DST` (linux/netfilter_ipv4.h,
+linux/netfilter_ipv6/ip6_tables.h).
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@
                     |  AskRuling: judge.decide, *recorded*, then answered
                     +- a hold waits in a task of its own; the machine keeps the client's further bytes
 
-Everything that the machine asks for is carried out in order. What waits for somebody (login, connect, handshake, hold) runs
-in one task at a time, and the machine is told when it is over.
+Everything that the machine asks for is carried out in order. What waits for somebody (login, connect, handshake, hold)
+runs in one task at a time, and the machine is told when it is over.
 
-Blind spots: an idle session has no deadline; a client that stops reading keeps its buffers (bounded by the high-water mark)
-until it goes away.
+Blind spots: an idle session has no deadline; a client that stops reading keeps its buffers (bounded by the high-water
+mark) until it goes away.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from proxy.gateway import tls, upstream
 from proxy.model import Chain, Decision, Endpoint, Reason, Ruling, Target
 from proxy.protocols import base, registry
 from proxy.protocols.base import Side
-from proxy.recording.writer import AuditUnavailable, Writer
+from proxy.recording import AuditUnavailable, Writer
 
 if TYPE_CHECKING:
     from proxy.gateway.worker import Worker
@@ -43,6 +43,8 @@ LOGIN_TIMEOUT_S = 60.0
 """From accept to the end of the login, like the server's own `authentication_timeout`."""
 FLUSH_TIMEOUT_S = 10.0
 """How long a closed session may take to deliver its last bytes."""
+FLUSH_DELAY_S = 0.01
+"""How long the record of what an operation came to may wait for company."""
 HINT_AUDIT = "nothing runs unrecorded: tell the operators of this runner (`hopgate status`)"
 
 
@@ -105,7 +107,9 @@ class Session:
         self._paused: dict[Side, set[str]] = {Side.CLIENT: set(), Side.SERVER: set()}
         self._early: list[bytes] = []
         self._securing: Side | None = None
+        self._flushing = False
         self._closing = False
+        self._reason = ""
         self._finished = False
 
     # --- opening ------------------------------------------------------------------------------------------------------
@@ -131,10 +135,10 @@ class Session:
         self.recording = Writer(
             descriptor, attributed.session, attributed.records, bytes.fromhex(attributed.digest), self.worker.clock
         )
-        self.worker.sessions[self.id] = self
+        self.worker.opened(self)
         self.chain = attributed.chain
         self._dialled = dialled
-        self.target = self.worker.policy.targets.get(attributed.target)
+        self.target = self.worker.targets.get(attributed.target)
         refusal = None
         if attributed.refusal:
             refusal = base.Refusal(attributed.refusal, attributed.hint)
@@ -210,10 +214,7 @@ class Session:
                 case base.AskRuling():
                     self._rule(command)
                 case base.Completed():
-                    if self.recording is not None:
-                        self.recording.completed(
-                            command.id, command.tag, command.rows, command.error, command.masked
-                        )
+                    self._complete(command)
                 case base.AskLogin():
                     self._start(self._log_in(command))
                 case base.AskCancel():
@@ -233,6 +234,24 @@ class Session:
                     self._close(reason)
                 case _:
                     assert_never(command)
+
+    def _complete(self, done: base.Completed) -> None:
+        """What an operation came to is written a little later, in one go with others: it has happened already."""
+        if self.recording is None or self._audit_lost:
+            return
+        self.recording.completed(done.id, done.tag, done.rows, done.error, done.masked)
+        if not self._flushing:
+            self._flushing = True
+            asyncio.get_running_loop().call_later(FLUSH_DELAY_S, self._flush)
+
+    def _flush(self) -> None:
+        self._flushing = False
+        if self.recording is None or self._finished or self._audit_lost:
+            return
+        try:
+            self.recording.flush()
+        except AuditUnavailable as error:
+            self._lose_audit(error)
 
     def _send(self, side: Side, data: base.Buffer) -> None:
         peer = self.client if side is Side.CLIENT else self.server
@@ -472,9 +491,11 @@ class Session:
         if self.judge is None or self.chain is None or self.target is None:
             return
         policy = self.worker.policy
-        target = policy.targets.get(self.target.name)
+        target = self.worker.targets.get(self.target.name)
         if target is None or policy.login(self.chain.principals, target, self.database).decision is not Decision.ALLOW:
-            self.farewell("the policy changed: this chain may no longer use this target", "ask the owners of the policy")
+            self.farewell(
+                "the policy changed: this chain may no longer use this target", "ask the owners of the policy"
+            )
             return
         judge = policy.bind(self.chain.principals, target, self.database)
         if judge.mask_signature != self.judge.mask_signature or target != self.target:
@@ -530,7 +551,7 @@ class Session:
         if self._finished:
             return
         self._finished = True
-        self.worker.sessions.pop(self.id, None)
+        self.worker.closed(self)
         if self.recording is None:
             return
         reason = self._reason
@@ -599,8 +620,13 @@ def _after_hold(ruling: Ruling, approval: str, outcome: str, by: str, why: str) 
     text = f"{outcome} by {by}" + (f": {why}" if why else "")
     return Ruling(
         decision=decision,
-        reasons=(*ruling.reasons, Reason("hopgate", f"[approval {approval}]" if approval else "[approval]", decision, text)),
-        message="" if granted else f"{ruling.message}: approval {outcome}{f' by {by}' if by else ''}{f': {why}' if why else ''}",
+        reasons=(
+            *ruling.reasons,
+            Reason("hopgate", f"[approval {approval}]" if approval else "[approval]", decision, text),
+        ),
+        message=""
+        if granted
+        else f"{ruling.message}: approval {outcome}{f' by {by}' if by else ''}{f': {why}' if why else ''}",
         hint="" if granted else "ask again, and have somebody on the runner approve it in time",
         policy_version=ruling.policy_version,
     )

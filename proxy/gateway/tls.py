@@ -1,7 +1,7 @@
 """TLS towards both peers: contexts, and the channel binding of a server's certificate.
 
-Towards the client we are a server with a certificate of the host's own CA; towards the target we are a client that checks
-as far as the target's `sslmode` says, which has libpq's meaning (PostgreSQL manual, "SSL Support").
+Towards the client we are a server with a certificate of the host's own CA; towards the target we are a client that
+checks as far as the target's `sslmode` says, which has libpq's meaning (PostgreSQL manual, "SSL Support").
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ def client_context(target: Target) -> ssl.SSLContext:
 
 
 def end_point_binding(certificate_der: bytes) -> bytes:
-    """The tls-server-end-point channel binding of a certificate (RFC 5929, section 4.1): its hash by the signature's own hash
-    function, SHA-256 in the place of MD5 and SHA-1. Empty where the signature has no hash (Ed25519), as the RFC leaves
-    that undefined."""
+    """The tls-server-end-point channel binding of a certificate (RFC 5929, section 4.1): its hash by the signature's
+    own hash function, SHA-256 in the place of MD5 and SHA-1. Empty where the signature has no hash (Ed25519), as the
+    RFC leaves that undefined."""
     certificate = x509.load_der_x509_certificate(certificate_der)
     algorithm = certificate.signature_hash_algorithm
     if algorithm is None:

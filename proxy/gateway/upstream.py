@@ -57,7 +57,8 @@ async def secure(
 
 
 async def cancel(machine: base.Machine, target: Target, endpoint: Endpoint) -> None:
-    """Lets a `canceller` do its one errand over a connection of its own; what goes wrong is logged, the client cannot be told."""
+    """Lets a `canceller` do its one errand over a connection of its own; what goes wrong is logged, the client cannot
+    be told."""
     inbox = _Inbox()
     transport: asyncio.Transport | None = None
     pending = list(machine.begin())

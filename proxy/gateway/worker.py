@@ -1,15 +1,16 @@
 """A proxy worker: one unprivileged process on one core, with an event loop, the shared listener and the policy.
 
-Started by the host agent as `python -m proxy.gateway.worker` in the worker's cgroup, with two inherited sockets. It becomes
-the worker's user, for good, before it reads a byte from anywhere. It connects once to the muster address, so that the kernel
-side learns which process image it is and exempts it, waits for its first policy, and accepts. It ends when the host agent
-does.
+Started by the host agent as `python -m proxy.gateway.worker` in the worker's cgroup, with two inherited sockets. It
+becomes the worker's user, for good, before it reads a byte from anywhere. It connects once to the muster address, so
+that the kernel side learns which process image it is and exempts it, waits for its first policy, and accepts. It ends
+when the host agent does.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import ctypes
 import os
 import signal
@@ -29,7 +30,7 @@ from proxy.gateway import listener, tls
 from proxy.gateway.link import HostLink
 from proxy.gateway.session import Session
 from proxy.model import Endpoint, Target
-from proxy.policy.decide import CompiledPolicy
+from proxy.policy.compile import CompiledPolicy
 from proxy.policy.document import ResolvedPolicy
 
 log = structlog.get_logger()
@@ -52,11 +53,25 @@ class Worker:
         self.endpoints = listener.endpoints
         self.sessions: dict[str, Session] = {}
         self.stopping = asyncio.Event()
+        self.idle = asyncio.Event()
+        self.idle.set()
         self.policy_loaded = asyncio.Event()
         self.link: HostLink
         self.policy: CompiledPolicy
+        self.targets: dict[str, Target] = {}
         self._tasks = tasks
         self._contexts: dict[str, tuple[float, ssl.SSLContext]] = {}
+
+    def opened(self, session: Session) -> None:
+        """A session has its id."""
+        self.sessions[session.id] = session
+        self.idle.clear()
+
+    def closed(self, session: Session) -> None:
+        """A session is over."""
+        self.sessions.pop(session.id, None)
+        if not self.sessions:
+            self.idle.set()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return self._tasks.create_task(work)
@@ -90,6 +105,7 @@ class Worker:
             self.end(f"policy `{message.version}` cannot be read: {error}")
             return
         self.policy = CompiledPolicy(document, message.mask_key)
+        self.targets = {target.name: target for target in document.targets}
         self._contexts.clear()
         for session in list(self.sessions.values()):
             session.policy_changed()
@@ -124,10 +140,10 @@ async def _serve(options: argparse.Namespace) -> None:
         server.close()
         for session in list(worker.sessions.values()):
             session.farewell("the gateway on this host is stopping", "connect again")
-        deadline = time.monotonic() + GRACE_S
-        while worker.sessions and time.monotonic() < deadline:
-            await asyncio.sleep(0.02)
-    # what has not ended by now is told by the host agent from the recordings
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(GRACE_S):
+                await worker.idle.wait()
+        # what has not ended by now is told by the host agent from the recordings
         os._exit(0)
 
 

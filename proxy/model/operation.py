@@ -39,9 +39,9 @@ class StatementFacts:
     """What the grammar alone says of one statement.
 
     `kind` is a documented lower-case word (`select`, `insert`, `update`, `delete`, `drop-table`, `set`, …).
-    `parameter` is the setting's name in lower case for `set`/`reset`/`show`, and `value` what it is set to where that is a
-    plain constant. `unguarded` says that an UPDATE or DELETE has no WHERE. `also` are parts of the statement that are kinds of
-    their own: a data-modifying WITH query, what PREPARE prepares, the rows that FOR UPDATE locks.
+    `parameter` is the setting's name in lower case for `set`/`reset`/`show`, and `value` what it is set to where that
+    is a plain constant. `unguarded` says that an UPDATE or DELETE has no WHERE. `also` are parts of the statement that
+    are kinds of their own: a data-modifying WITH query, what PREPARE prepares, the rows that FOR UPDATE locks.
 
     For masks: `output_columns` are names of plain column references in the outermost target list, which the server's
     RowDescription will trace; `exposed_columns` are names of columns referred to anywhere else (expressions, WHERE,
@@ -78,8 +78,8 @@ class Operation:
     """One operation, described once and shared by all its executions: equality is identity, so it can key a cache.
 
     `text` is what a person would call it (the SQL); `recorded_text` is what may be written down, with secrets taken
-    out. `statements` is empty for an empty string. `unclassified` says why the operation could not be classified, and is
-    empty when it could: what could not be classified is denied.
+    out. `statements` is empty for an empty string. `unclassified` says why the operation could not be classified, and
+    is empty when it could: what could not be classified is denied.
     """
 
     protocol: str

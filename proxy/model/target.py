@@ -29,8 +29,8 @@ class Endpoint(msgspec.Struct, frozen=True, order=True):
 
 
 class Target(msgspec.Struct, frozen=True):
-    """A target as the data path needs it. `server_name` is the name that `verify-full` checks and that the gateway's own
-    certificate for this target carries; `ca_pem` holds the trusted roots, empty for the system's store.
+    """A target as the data path needs it. `server_name` is the name that `verify-full` checks and that the gateway's
+    own certificate for this target carries; `ca_pem` holds the trusted roots, empty for the system's store.
     `credential` names an entry of the host agent's credential source. `databases` empty means any.
     """
 

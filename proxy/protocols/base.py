@@ -33,7 +33,7 @@ class Side(enum.Enum):
     SERVER = "server"
 
 
-class PeerViolation(Exception):  # noqa: N818 - names a fact about the peer
+class PeerViolation(Exception):
     """A peer broke the protocol or a bound. `side` says which one; the message says what and how much."""
 
     def __init__(self, message: str, side: Side) -> None:
@@ -63,7 +63,8 @@ class AskRuling(msgspec.Struct, frozen=True):
 
 
 class AskCancel(msgspec.Struct, frozen=True):
-    """A cancel request with the key that the client was given. Answered by `Cancelled` once it was passed on (or not)."""
+    """A cancel request with the key that the client was given. Answered by `Cancelled` once it was passed on (or
+    not)."""
 
     key: bytes
 
@@ -138,15 +139,15 @@ class Connect(msgspec.Struct, frozen=True):
 class StartTls(msgspec.Struct, frozen=True):
     """Do the TLS handshake on that side, as server towards the CLIENT and as client towards the SERVER.
 
-    Answered by the event `ClientSecured` (CLIENT), `UpstreamReady` or `UpstreamFailed` (SERVER). A machine emits it only
-    when it holds no unread bytes of that side (else: `PeerViolation`)."""
+    Answered by the event `ClientSecured` (CLIENT), `UpstreamReady` or `UpstreamFailed` (SERVER). A machine emits it
+    only when it holds no unread bytes of that side (else: `PeerViolation`)."""
 
     side: Side
 
 
 class Completed(msgspec.Struct, frozen=True):
-    """An operation ended: for the recording. `id` is that of its `AskRuling`; `tag` is the server's word for what was done
-    (`SELECT 5`); `rows` counts rows sent to the client; `error` is empty, or SQLSTATE and primary message."""
+    """An operation ended: for the recording. `id` is that of its `AskRuling`; `tag` is the server's word for what was
+    done (`SELECT 5`); `rows` counts rows sent to the client; `error` is empty, or SQLSTATE and primary message."""
 
     id: int
     tag: str = ""
@@ -202,8 +203,8 @@ class Machine(Protocol):
         """Tells the client in the protocol's own words why the session ends, as far as its state allows, and closes."""
 
     def canceller(self) -> Machine | None:
-        """A machine of its own that asks the server, over a connection of its own, to cancel what this session runs: it speaks
-        to the SERVER alone, starts with `begin`, and ends with `Close`. None before the login is done."""
+        """A machine of its own that asks the server, over a connection of its own, to cancel what this session runs: it
+        speaks to the SERVER alone, starts with `begin`, and ends with `Close`. None before the login is done."""
 
     def begin(self) -> Commands:
         """The first commands of a machine that speaks first; none for one that waits for its client."""

@@ -1,7 +1,7 @@
 """A running Hopgate of the test's own: daemon and workers in a cgroup and a network namespace that the test has made.
 
-Everything it writes is in one directory; its hooks are on the test's cgroup, its rules in the test's namespace. Nothing of it
-touches the host's own cgroup root or rules.
+Everything it writes is in one directory; its hooks are on the test's cgroup, its rules in the test's namespace. Nothing
+of it touches the host's own cgroup root or rules.
 """
 
 from __future__ import annotations
@@ -30,7 +30,9 @@ class GatewayError(Exception):
 class Gateway:
     """`namespace` is the name of a network namespace; `cgroup` the directory that the hooks are attached to."""
 
-    def __init__(self, directory: Path, *, namespace: str, cgroup: Path, settings: Mapping[str, object] | None = None) -> None:
+    def __init__(
+        self, directory: Path, *, namespace: str, cgroup: Path, settings: Mapping[str, object] | None = None
+    ) -> None:
         self.directory = directory
         self.namespace = namespace
         self.cgroup = cgroup
@@ -80,7 +82,9 @@ class Gateway:
             inbox.bind(address)
             inbox.settimeout(0.2)
             self.process = subprocess.Popen(
-                self.inside([sys.executable, "-I", "-m", "hostagent.cli", "run", "--config", str(self.config)], "daemon"),
+                self.inside(
+                    [sys.executable, "-I", "-m", "hostagent.cli", "run", "--config", str(self.config)], "daemon"
+                ),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -114,7 +118,8 @@ class Gateway:
             raise GatewayError(f"hopgate did not end when asked:\n{self.log()[-4000:]}") from None
 
     def cli(self, *arguments: str, check: bool = True, timeout_s: float = 60) -> subprocess.CompletedProcess[str]:
-        """Runs `hopgate ARGUMENTS` as root in the namespace. Raises `GatewayError` on a non-zero status when `check`."""
+        """Runs `hopgate ARGUMENTS` as root in the namespace. Raises `GatewayError` on a non-zero status when
+        `check`."""
         command = [sys.executable, "-I", "-m", "hostagent.cli", *arguments, "--config", str(self.config)]
         done = subprocess.run(
             ["ip", "netns", "exec", self.namespace, *command],
@@ -124,7 +129,9 @@ class Gateway:
             timeout=timeout_s,
         )
         if check and done.returncode != 0:
-            raise GatewayError(f"`hopgate {' '.join(arguments)}` ended with {done.returncode}:\n{done.stdout}{done.stderr}")
+            raise GatewayError(
+                f"`hopgate {' '.join(arguments)}` ended with {done.returncode}:\n{done.stdout}{done.stderr}"
+            )
         return done
 
     def inside(self, command: Sequence[str], group: str = "jobs") -> list[str]:
@@ -135,7 +142,12 @@ class Gateway:
         return ["sh", "-c", join, "sh", str(directory), "ip", "netns", "exec", self.namespace, *command]
 
     def run(
-        self, command: Sequence[str], *, env: Mapping[str, str] | None = None, timeout_s: float = 60, group: str = "jobs"
+        self,
+        command: Sequence[str],
+        *,
+        env: Mapping[str, str] | None = None,
+        timeout_s: float = 60,
+        group: str = "jobs",
     ) -> subprocess.CompletedProcess[str]:
         """Runs a command inside, as a job on the runner would run."""
         return subprocess.run(
