@@ -32,12 +32,14 @@ def ask(path: Path, request: messages.Request, wanted: type[_Wanted], timeout_s:
         raise ControlFailed(f"hopgate is not running: nobody answers on `{path}`") from error
     except PermissionError as error:
         raise ControlFailed(f"only root may control hopgate: `{path}`") from error
+    except (BrokenPipeError, ConnectionResetError) as error:
+        raise ControlFailed(_unanswered(path)) from error
     except TimeoutError as error:
         raise ControlFailed(f"hopgate did not answer on `{path}` within `{timeout_s:g}` s") from error
     except OSError as error:
         raise ControlFailed(f"control socket `{path}` failed: {error.strerror or error}") from error
     if not data.endswith(b"\n"):
-        raise ControlFailed(f"hopgate closed the control socket `{path}` without an answer: see its log")
+        raise ControlFailed(_unanswered(path))
     try:
         answer = msgspec.json.decode(data, type=messages.Answer)
     except msgspec.MsgspecError as error:
@@ -47,6 +49,10 @@ def ask(path: Path, request: messages.Request, wanted: type[_Wanted], timeout_s:
     if not isinstance(answer, wanted):
         raise ControlFailed(f"hopgate answered `{type(answer).__name__}` to `{type(request).__name__}`")
     return answer
+
+
+def _unanswered(path: Path) -> str:
+    return f"hopgate closed the control socket `{path}` without an answer: see its log"
 
 
 def _receive(sock: socket.socket) -> bytes:

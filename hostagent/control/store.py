@@ -221,13 +221,13 @@ class Store:
 
     def _session(self, row: Mapping[Any, Any]) -> SessionRow:
         try:
-            return msgspec.convert(dict(row), SessionRow)
+            return msgspec.convert({str(name): value for name, value in row.items()}, SessionRow)
         except msgspec.ValidationError as error:
             raise StoreUnavailable(f"control store `{self.path}` holds a session that is none: {error}") from error
 
     def _approval(self, row: Mapping[Any, Any]) -> ApprovalRow:
         try:
-            return msgspec.convert(dict(row), ApprovalRow)
+            return msgspec.convert({str(name): value for name, value in row.items()}, ApprovalRow)
         except msgspec.ValidationError as error:
             raise StoreUnavailable(f"control store `{self.path}` holds an approval that is none: {error}") from error
 
