@@ -92,7 +92,9 @@ def _values(path: Path, document: yaml.MappingNode) -> dict[str, Any]:
             raise SettingsError(f"{where}: `{key}` has to be a single value")
         try:
             values[key] = parse(yaml.constructor.SafeConstructor().construct_object(node))
-        except (ValueError, yaml.YAMLError) as error:
+        except yaml.YAMLError as error:
+            raise SettingsError(f"{where}: `{key}` has the tag `{node.tag}`: expected a plain value") from error
+        except ValueError as error:
             raise SettingsError(f"{where}: `{key}` is `{node.value}`: {error}") from error
     return values
 

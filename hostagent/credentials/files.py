@@ -49,17 +49,18 @@ class CredentialFiles:
             descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         except OSError as error:
             raise CredentialUnavailable(f"cannot read credential `{name}` from `{path}`: {error.strerror}") from error
-        with os.fdopen(descriptor, "rb") as file:
+        try:
             status = os.fstat(descriptor)
             _check_private(path, status)
             stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
             kept = self._read.get(name)
             if kept is not None and kept[0] == stamp:
                 return kept[1]
-            try:
-                data = file.read(_MAX_BYTES + 1)
-            except OSError as error:
-                raise CredentialUnavailable(f"cannot read credential `{path}`: {error.strerror}") from error
+            data = os.read(descriptor, _MAX_BYTES + 1)
+        except OSError as error:
+            raise CredentialUnavailable(f"cannot read credential `{path}`: {error.strerror}") from error
+        finally:
+            os.close(descriptor)
         credential = _parse(path, data)
         self._read[name] = (stamp, credential)
         return credential
