@@ -236,7 +236,7 @@ class Machine:
         for command in (
             "mount -o remount,rw /sys",
             "mkdir -p /sys/fs/bpf",
-            "mount -t bpf bpf /sys/fs/bpf",
+            "mount -t bpf -o nosuid,nodev,noexec,mode=700 bpf /sys/fs/bpf",
             "mount -o remount,ro /sys",
         ):
             subprocess.run([*self._enter(), *command.split()], check=True)

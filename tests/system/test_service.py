@@ -7,6 +7,7 @@ Vagrant runs. Meanwhile nothing may change on the host below it.
 from __future__ import annotations
 
 import hashlib
+import re
 import subprocess
 import sys
 import tomllib
@@ -20,14 +21,6 @@ from tests.lab import machine as lab
 pytestmark = pytest.mark.system
 
 CHECKOUT = Path(__file__).parent.parent.parent
-DEMANDED = {
-    "agent A reads clear values",
-    "agent B reads the same masked",
-    "agent B may not drop a table",
-    "the service survives kill -9",
-    "cleanup leaves nothing",
-}
-"""Rows that the table has to have, whatever else it has."""
 
 
 def wheels(tree: Path) -> Path:
@@ -108,18 +101,15 @@ def test_the_installed_service_runs_as_its_unit_says(provisioned: lab.Machine) -
 def test_the_scenario_is_seen_as_expected(provisioned: lab.Machine) -> None:
     done = provisioned.run("/opt/checkout/vagrant/scenario.sh", timeout_s=300, check=False)
     print(done.stdout)
-    rows = [[cell.strip() for cell in line.split("│")] for line in done.stdout.splitlines() if line.count("│") == 3]
-    assert done.returncode == 0, done.stdout + provisioned.run("journalctl -u hopgate --no-pager -n 60").stdout
-    assert {row[0] for row in rows} >= DEMANDED
-    assert {row[3] for row in rows[1:]} == {"ok"}
+    assert done.returncode == 0, provisioned.run("journalctl -u hopgate --no-pager -n 80").stdout
+    told = re.search(r"^all (\d+) promises were kept$", done.stdout, re.MULTILINE)
+    assert told is not None
+    assert int(told[1]) >= 12
+    assert "all promises of the service were kept" in done.stdout
 
 
-def test_programs_of_the_machine_are_not_on_the_root_cgroup_of_the_host(provisioned: lab.Machine) -> None:
-    """While the service runs: its hooks are on the machine's own cgroup and below, nowhere above."""
-    provisioned.run("systemctl restart hopgate")
+def test_its_programs_are_on_the_cgroup_of_the_machine_and_not_above(provisioned: lab.Machine) -> None:
     inside = provisioned.run("bpftool cgroup show /sys/fs/cgroup").stdout
     assert "sock_ops" in inside
-    above = subprocess.run(
-        ["bpftool", "cgroup", "show", str(lab.unified_cgroup())], capture_output=True, text=True
-    ).stdout
-    assert above.strip() == "" or "sock_ops" not in above
+    above = subprocess.run(["bpftool", "cgroup", "show", str(lab.unified_cgroup())], capture_output=True, text=True)
+    assert "sock_ops" not in above.stdout
