@@ -191,7 +191,8 @@ class Judge:
             for hop, verdict in zip(self._hops, verdicts, strict=True)
         )
         decision = max(verdict.decision for verdict in verdicts)
-        decisive = next(verdict for verdict in verdicts if verdict.decision == decision)
+        # The hop nearest to the client is the one whom its reader can place.
+        decisive = next(verdict for verdict in reversed(verdicts) if verdict.decision == decision)
         return Ruling(
             decision=decision,
             reasons=reasons,
@@ -211,6 +212,8 @@ class Judge:
                 f"agent `{hop.agent}` may not run what cannot be classified: {operation.unclassified}",
                 "write the statement so that it can be classified, or run it outside the gateway's targets",
             )
+        if not hop.allows and not hop.holds:
+            return _missing(hop, "do anything here", "*")
         verdicts = [self._statement(hop, statement) for statement in operation.statements]
         if not verdicts:
             return _Verdict(Decision.ALLOW, "[driver housekeeping]", f"agent `{hop.agent}` may send an empty string")
