@@ -65,11 +65,12 @@ def load(path: Path) -> Settings:
     if len(data) > _MAX_BYTES:
         raise SettingsError(f"{path}:1: settings are larger than `{_MAX_BYTES}` bytes")
     try:
-        document = yaml.compose(data, Loader=yaml.CSafeLoader)
+        # the C loader overflows the stack, and dies, on what is nested deeply
+        document = yaml.compose(data, Loader=yaml.SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise SettingsError(f"{path}:{mark.line + 1 if mark else 1}: bad YAML: {error.problem}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise SettingsError(f"{path}:1: bad YAML: {' '.join(str(error).split())}") from error
     if document is None:
         return Settings()

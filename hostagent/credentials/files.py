@@ -82,11 +82,12 @@ def _parse(path: Path, data: bytes) -> Credential:
         raise CredentialUnavailable(f"credential `{path}` is larger than `{_MAX_BYTES}` bytes")
     line = 0
     try:
-        document = yaml.compose(data, Loader=yaml.CBaseLoader)
+        # the C loader overflows the stack, and dies, on what is nested deeply
+        document = yaml.compose(data, Loader=yaml.BaseLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
-    except yaml.YAMLError:
+    except (yaml.YAMLError, RecursionError):
         line = 1
     if line:
         raise CredentialUnavailable(f"{path}:{line}: credential is not valid YAML")

@@ -64,6 +64,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         ("x: \x07\n", 1, "bad YAML"),
         ("workers: !!python/object:os.system 1\n", 1, "expected a plain value"),
         ("{a}: 1\n", 1, "unknown key"),
+        ("[" * 60_000, 1, "bad YAML"),
     ],
 )
 def test_a_mistake_is_told_with_its_line(tmp_path: Path, text: str, line: int, message: str) -> None:

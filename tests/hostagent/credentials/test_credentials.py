@@ -111,6 +111,7 @@ def test_what_is_no_file_is_refused_and_does_not_block(tmp_path: Path) -> None:
         f"user: app\npassword: {SECRET}\x07\n",
         SECRET.encode() + b"\xff\xfe\x00",
         f"user: app\npassword: {SECRET}" + " " * 20_000,
+        "[" * 16_000,
         f"&{SECRET} user: app\n[{SECRET}]: x\n",
     ],
 )
