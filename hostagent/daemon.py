@@ -32,14 +32,14 @@ from hostagent.control.sessions import Sessions
 from hostagent.control.store import Store
 from hostagent.credentials import CredentialFiles, mask_key
 from hostagent.errors import OperatorError
+from hostagent.kernel import cgroups, redirect
 from hostagent.notify import notify, watchdog_interval_s
 from hostagent.policies import ActivePolicy, PolicyUnusable
 from hostagent.service import Misconduct, Service, memory_file
 from hostagent.settings import Settings
 from hostagent.workers import WorkerProcess, Workers
 from proxy import journal, ports
-from proxy.gateway.listener import BACKLOG, endpoint
-from proxy.model import Endpoint
+from proxy.gateway.listener import BACKLOG
 
 log = structlog.get_logger()
 
@@ -78,16 +78,11 @@ class Daemon:
         self.approvals = Approvals(self._store)
 
         listener = _listening_socket(settings.listen_port)
-        muster = socket.create_server(("127.0.0.1", 0))
-        worker_cgroup = _worker_cgroup(settings)
-        self._kernel_settings = kernel.Settings(
-            cgroup=_hooked_cgroup(settings),
-            pin_dir=settings.pin_dir,
-            listen_port=settings.listen_port,
-            worker_cgroup=worker_cgroup,
-        )
-        self._muster_endpoint = endpoint(*muster.getsockname()[:2])
-        self.pins = await asyncio.to_thread(kernel.start, self._kernel_settings, self._scope())
+        self._worker_cgroup = worker_cgroup = _worker_cgroup(settings)
+        self.pins = await asyncio.to_thread(kernel.start, self._kernel_settings(worker_cgroup))
+        for node in self.pins.exempted():
+            self.pins.unexempt(node)
+        await asyncio.to_thread(redirect.install, redirect.Rules.of(self._kernel_settings(worker_cgroup)))
         self._attribution = Attribution(self.pins, AgentMatcher(self.policy.resolved.agents))
 
         async with asyncio.TaskGroup() as tasks:
@@ -95,7 +90,6 @@ class Daemon:
             self.workers = Workers(
                 settings,
                 listener=listener,
-                muster=muster,
                 cgroup=worker_cgroup,
                 on_message=self._from_worker,
                 on_gone=self._worker_gone,
@@ -119,7 +113,6 @@ class Daemon:
             loop.add_signal_handler(signal.SIGINT, self._stopping.set)
             loop.add_signal_handler(signal.SIGHUP, self._reload_logged)
             background = [
-                tasks.create_task(self._accept_musters(muster)),
                 tasks.create_task(self.workers.supervise()),
                 tasks.create_task(self._sweep()),
                 tasks.create_task(self._tell_when_ready()),
@@ -151,7 +144,9 @@ class Daemon:
     def reload(self) -> str:
         """Takes the policy on disk; returns its version. Raises `PolicyUnusable`: then the old one stays."""
         self.policy.reload()
-        kernel.apply_scope(self._kernel_settings, self.pins, self._scope())
+        kernel_settings = self._kernel_settings(self._worker_cgroup)
+        self.pins.set_scope(kernel_settings.ports, kernel_settings.endpoints)
+        redirect.install(redirect.Rules.of(kernel_settings))
         self._attribution.agents = AgentMatcher(self.policy.resolved.agents)
         self._send_policy(list(self.workers.running.values()))
         self._notify_status()
@@ -176,23 +171,13 @@ class Daemon:
         if worker.node is not None:
             self.pins.unexempt(worker.node)
 
-    async def _accept_musters(self, muster: socket.socket) -> None:
-        """Keeps the queue of the muster address empty: what counts is the record of the connect, not the connection."""
-        loop = asyncio.get_running_loop()
-        muster.setblocking(False)
-        while True:
-            accepted, _ = await loop.sock_accept(muster)
-            accepted.close()
-
-    def _exempt(self, worker: WorkerProcess, message: ports.Mustered) -> None:
-        """The image that connected from where the worker says it did is the worker's: while the worker keeps its end open
-        nobody else can have that port, and the record is that of the latest connect from it."""
-        taken = self.pins.take(message.source, self._muster_endpoint)
-        if not isinstance(taken, kernel.ConnectRecord):
-            self.workers.kill(worker, f"there is no record of its muster from {message.source}: {taken.reason}")
+    def _exempt(self, worker: WorkerProcess, message: ports.Started) -> None:
+        """The image that our child runs now is the worker's; it is not reaped yet, so its process id is its own."""
+        try:
+            worker.node = self.pins.exempt(worker.pid)
+        except OperatorError as error:
+            self.workers.kill(worker, str(error))
             return
-        worker.node = taken.node
-        self.pins.exempt(taken.node)
         worker.channel.send(ports.Begin(id=message.id))
         self._send_policy([worker])
         worker.serving = True
@@ -210,13 +195,17 @@ class Daemon:
 
     # --- what goes on beside ------------------------------------------------------------------------------------------
 
-    def _scope(self) -> kernel.Scope:
+    def _kernel_settings(self, worker_cgroup: Path) -> kernel.KernelSettings:
         """What is redirected: the targets' addresses, and the protected ports of any address."""
         policy = self.policy.resolved
-        return kernel.Scope(
-            ports=tuple(sorted(policy.protected_ports)),
-            endpoints=tuple(sorted(endpoint for target in policy.targets for endpoint in target.endpoints)),
-            muster=self._muster_endpoint,
+        return kernel.KernelSettings(
+            cgroup=self.settings.cgroup or cgroups.mount_point(),
+            worker_cgroup=worker_cgroup,
+            listener_port=self.settings.listen_port,
+            ports=frozenset(policy.protected_ports),
+            endpoints=frozenset(endpoint for target in policy.targets for endpoint in target.endpoints),
+            pins=self.settings.pin_dir,
+            run_dir=self.settings.run_dir,
         )
 
     async def _sweep(self) -> None:
@@ -257,13 +246,9 @@ def _listening_socket(port: int) -> socket.socket:
         raise OperatorError(f"cannot listen on port `{port}`: {error.strerror}: is another hopgate running?") from error
 
 
-def _hooked_cgroup(settings: Settings) -> Path:
-    return settings.cgroup or kernel.cgroup_mount()
-
-
 def _worker_cgroup(settings: Settings) -> Path:
     """The configured directory, or `workers` below the daemon's own cgroup."""
-    directory = settings.worker_cgroup or kernel.own_cgroup() / "workers"
+    directory = settings.worker_cgroup or cgroups.of_process(os.getpid()) / "workers"
     directory.mkdir(exist_ok=True)
     return directory
 

@@ -46,7 +46,7 @@ class _OpenSession:
 
 
 class Service:
-    """`exempt(worker, source)` lets the kernel side learn which process image mustered."""
+    """`exempt(worker, message)` takes the worker's process image out of the redirect and lets it begin."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Service:
         source: Source,
         authority: HostAuthority,
         cancels: CancelTable,
-        exempt: Callable[[WorkerProcess, ports.Mustered], None],
+        exempt: Callable[[WorkerProcess, ports.Started], None],
         find_worker: Callable[[int], WorkerProcess | None],
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
@@ -81,7 +81,7 @@ class Service:
     def handle(self, worker: WorkerProcess, message: ports.FromWorker) -> None:
         """Answers one message. Raises `Misconduct`: the worker has to be ended."""
         match message:
-            case ports.Mustered():
+            case ports.Started():
                 self._exempt(worker, message)
             case ports.Attribute():
                 self._attribute(worker, message)

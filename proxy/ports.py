@@ -75,11 +75,8 @@ class PassCancel(Request, frozen=True, kw_only=True):
     key: bytes
 
 
-class Mustered(Request, frozen=True, kw_only=True):
-    """The worker has connected to the muster address, from `source`, so that the kernel side learns which process image
-    it is. Asked once, first; answered by `Begin`."""
-
-    source: Endpoint
+class Started(Request, frozen=True, kw_only=True):
+    """The worker runs its own image, confined. Asked once, first; answered by `Begin`."""
 
 
 class WithdrawHold(msgspec.Struct, frozen=True, tag=True, tag_field="is", kw_only=True):
@@ -108,7 +105,7 @@ class Alert(msgspec.Struct, frozen=True, tag=True, tag_field="is", kw_only=True)
 
 
 FromWorker = (
-    Mustered
+    Started
     | Attribute
     | FetchSecret
     | FetchCertificate

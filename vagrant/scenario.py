@@ -99,7 +99,7 @@ class Scenario:
         seen = self.pipeline("start-cleaner")
         kept = '"42501"' in seen and "`agent-a`" in seen
         self.row("A's child deletes, which A may not", "denied by A's hop (42501)", seen, kept)
-        seen = self.job(sys.executable, self.bed.agents / "cleaner.py")
+        seen = self.job("/usr/bin/python3", self.bed.agents / "cleaner.py")
         self.row("the same program on its own may", "DELETE 1", seen, _lines(seen) == [{"tag": "DELETE 1"}])
 
     def hold(self) -> None:

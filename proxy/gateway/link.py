@@ -37,9 +37,9 @@ class HostLink(ports.Attributor, ports.Broker, ports.Approver, ports.Cancels):
         self._on_lost = on_closed
         self._channel: Channel[ports.ToWorker] = Channel(sock, decoder(ports.ToWorker), self._received, self._closed)
 
-    async def muster(self, source: Endpoint) -> None:
+    async def begin(self) -> None:
         """Waits until the worker's own connections are exempt from the redirect."""
-        _answer(await self._ask(ports.Mustered(id=next(self._ids), source=source)), ports.Begin)
+        _answer(await self._ask(ports.Started(id=next(self._ids))), ports.Begin)
 
     async def attribute(self, peer: Endpoint, dialled: Endpoint) -> tuple[ports.Attributed, int]:
         return _with_descriptor(

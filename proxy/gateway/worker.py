@@ -1,9 +1,8 @@
 """A proxy worker: one unprivileged process on one core, with an event loop, the shared listener and the policy.
 
 Started by the host agent as `python -m proxy.gateway.worker` in the worker's cgroup, with two inherited sockets. It
-becomes the worker's user, for good, before it reads a byte from anywhere. It connects once to the muster address, so
-that the kernel side learns which process image it is and exempts it, waits for its first policy, and accepts. It ends
-when the host agent does.
+becomes the worker's user, for good, before it reads a byte from anywhere; says so, and waits until the kernel side exempts
+its process image from the redirect; waits for its first policy, and accepts. It ends when the host agent does.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from proxy import journal, ports
 from proxy.gateway import listener, tls
 from proxy.gateway.link import HostLink
 from proxy.gateway.session import Session
-from proxy.model import Endpoint, Target
+from proxy.model import Target
 from proxy.policy.compile import CompiledPolicy
 from proxy.policy.document import ResolvedPolicy
 
@@ -117,22 +116,13 @@ class Worker:
         self.stopping.set()
 
 
-async def _muster(worker: Worker, port: int) -> None:
-    """The connection stays open until the host agent has answered: its record is what tells the process image."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
-    source = writer.get_extra_info("sockname")
-    await worker.link.muster(Endpoint(source[0], source[1]))
-    writer.close()
-    del reader
-
-
 async def _serve(options: argparse.Namespace) -> None:
     async with asyncio.TaskGroup() as tasks:
         worker = Worker(offer_tls=options.offer_tls, tasks=tasks)
         channel = socket.socket(fileno=options.channel)
         worker.link = HostLink(channel, worker.pushed, worker.end)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.end, "terminated")
-        await _muster(worker, options.muster)
+        await worker.link.begin()
         async with asyncio.timeout(30):
             await worker.policy_loaded.wait()
         server = await listener.listen(socket.socket(fileno=options.listener), lambda: Session(worker).client)
@@ -178,7 +168,6 @@ def main() -> None:
     parser.add_argument("--parent", type=int, required=True, help="process id of the host agent")
     parser.add_argument("--channel", type=int, required=True, help="descriptor of the channel to the host agent")
     parser.add_argument("--listener", type=int, required=True, help="descriptor of the shared listening socket")
-    parser.add_argument("--muster", type=int, required=True, help="TCP port on loopback to muster at")
     parser.add_argument("--uid", type=int, required=True, help="user id to run as, not 0")
     parser.add_argument("--gid", type=int, required=True, help="group id to run as")
     parser.add_argument("--offer-tls", action=argparse.BooleanOptionalAction, default=True)
