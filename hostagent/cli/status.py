@@ -9,14 +9,16 @@ def status(config: Config = DEFAULT_CONFIG, as_json: Json = False) -> None:
     """Show whether the host agent runs, with which policy, and what is wrong."""
     import msgspec
 
-    from hostagent.cli import terminal
     from hostagent.control import client, messages
+    from proxy.recording.replay import visible
 
     report = client.ask(settings(config).control_socket, messages.AskStatus(), messages.Status).report
     if as_json:
         print(msgspec.json.format(msgspec.json.encode(report)).decode())
         return
-    terminal.table(("", ""), [(name.replace("_", " "), _told(value)) for name, value in report.items()])
+    width = max(map(len, report), default=0)
+    for name, value in report.items():
+        print(f"{visible(name.replace('_', ' ')):<{width}}  {visible(_told(value))}")
 
 
 def _told(value: object) -> str:
