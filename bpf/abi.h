@@ -1,0 +1,118 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0) */
+/*
+ * What the kernel programs and hostagent/kernel/abi.py share: the layout of every map's key and value.
+ *
+ * Whoever changes a layout or the meaning of a field here changes HOPGATE_ABI too. There is no implicit padding: every
+ * gap is a field, because map keys are compared byte by byte and because the Python mirror is checked against it.
+ */
+#ifndef HOPGATE_ABI_H
+#define HOPGATE_ABI_H
+
+#define HOPGATE_ABI 1
+
+#define COMM_BYTES 16
+#define PATH_BYTES 128
+#define ARGV_BYTES 256
+
+/* A chain longer than this is cut off: the process that goes on becomes unlabelled, and the unlabelled are denied. */
+#define DEPTH_MAX 1024
+
+/* Array map with one entry. */
+struct hopgate_config {
+	__u64 build;	/* digest of sources and map sizes */
+	__u64 layout;	/* digest of this header and map sizes: equal layouts can share maps */
+	__u64 netns;	/* cookie of the network namespace that has the listener */
+	__u32 abi;	/* HOPGATE_ABI */
+	__u32 mark;	/* SO_MARK of exempt sockets, never 0 */
+};
+
+/*
+ * One process image: what a process ran between two execve calls. Kept while a process or a child image refers to it.
+ * The map `nodes` is node id -> this, and `procs` is tgid -> node id, or 0 for a process without label.
+ */
+struct hopgate_node {
+	__u64 parent;		/* node id, 0 at a root */
+	__u64 start_ns;		/* CLOCK_MONOTONIC */
+	__u64 inode;		/* of the executable that is mapped */
+	__u64 cgroup_id;	/* at exec; inode of the directory in cgroup2 */
+	__u32 device;		/* of the executable, the kernel's own encoding (major << 20 | minor) */
+	__u32 tgid;		/* in the initial pid namespace */
+	__u32 uid;		/* real uid at exec, in the initial user namespace */
+	__s32 others;		/* references beyond the first: the node goes when this falls below 0 */
+	__u32 depth;		/* ancestors above this one */
+	__u32 argv_length;	/* bytes of the whole argument vector, every argument with its NUL */
+	__u32 argv_stored;	/* bytes of it in argv[] */
+	__u32 path_length;	/* with its NUL; 0 when it could not be read */
+	char comm[COMM_BYTES];
+	char path[PATH_BYTES];	/* as passed to execve: for people, it grants nothing */
+	char argv[ARGV_BYTES];
+};
+
+#define FAMILY_4 4
+#define FAMILY_6 6
+
+/*
+ * IPv4 addresses fill the first four bytes; v4-mapped IPv6 is IPv4. Addresses in network order, ports in host order. `local` is 1
+ * for sockets of the listener's own network namespace, which so never collide with those of any other.
+ */
+struct hopgate_connect_key {
+	__u8 source[16];
+	__u8 dest[16];
+	__u16 source_port;
+	__u16 dest_port;
+	__u16 family;
+	__u16 local;
+};
+
+#define CONNECT_ESTABLISHED 1u	/* the handshake was completed by the socket that the record is about */
+#define CONNECT_AMBIGUOUS 2u	/* two network namespaces wrote a record under this key */
+#define CONNECT_CLOSED 4u	/* the socket was closed since */
+
+struct hopgate_connect_record {
+	__u64 node;
+	__u64 netns;	/* cookie of the network namespace */
+	__u64 socket;	/* cookie of the socket */
+	__u64 time_ns;	/* CLOCK_MONOTONIC, of the connect, and of the close once CONNECT_CLOSED is set */
+	__u32 tgid;
+	__u32 flags;
+};
+
+/* A member of the scope: (address, port) as in connect_key; a protected port has family 0 and no address. */
+struct hopgate_scope_key {
+	__u8 address[16];
+	__u32 family;
+	__u32 port;
+};
+
+/* What the task iterator tells about one process. */
+struct hopgate_task_row {
+	__u64 node;	/* its label, 0 without */
+	__u64 exec_id;	/* grows with every execve */
+	__u64 start_ns;
+	__u64 inode;
+	__u64 cgroup_id;
+	__u32 device;
+	__u32 uid;
+	__u32 tgid;
+	__u32 parent_tgid;
+	__u32 ns_tgid;		/* as the reader of /proc sees it */
+	__u32 parent_ns_tgid;	/* 0 outside the reader's pid namespace */
+	__u32 known;		/* 1 when it has an entry in procs, with or without a label */
+	__u32 parent_kthread;	/* 1 when its parent is a kernel thread */
+	char comm[COMM_BYTES];
+};
+
+/* Indices of the array map `counters`. Those up to OVERFLOW_LAST say that a process or a connection lost its label. */
+#define OVERFLOW_PROCS 0
+#define OVERFLOW_NODES 1
+#define OVERFLOW_CONNECTS 2
+#define OVERFLOW_LAST 2
+#define COUNT_TOO_DEEP 3	/* processes unlabelled at DEPTH_MAX */
+#define COUNT_UNLABELLED 4	/* connects in scope by a process without label */
+#define COUNT_AMBIGUOUS 5	/* records under one key from two network namespaces */
+#define COUNT_FORGED 6		/* marks taken off sockets that are not exempt */
+#define COUNT_GRAVEYARD_FULL 7	/* dead nodes released at once because they could not wait */
+#define COUNT_CONNECTS 8	/* records written */
+#define COUNTERS 9
+
+#endif

@@ -1,0 +1,175 @@
+// SPDX-License-Identifier: (GPL-2.0-only OR Apache-2.0)
+/*
+ * Writes down who connects. sock_ops, attached to a cgroup:
+ *
+ *   TCP_CONNECT         the source port is chosen and the SYN not yet sent: the record is written
+ *   ACTIVE_ESTABLISHED  the handshake's ACK is not yet sent, so the listener cannot have accepted: it is marked established
+ *   STATE (to CLOSE)    a record that was never established goes; an established one is marked closed and stays, because
+ *                       the client may be gone before the listener accepts
+ *
+ * Only the first runs in the process that connects; the others find the record by the socket's addresses, and believe it
+ * only if it carries the socket's own cookie.
+ *
+ * Sockets of exempt images (the proxy's own) get the mark that the netfilter rules let pass; it is taken off any other.
+ *
+ * Only the stack is used for scratch: per-CPU maps are corrupted when this program is preempted.
+ *
+ * Blind spot: a process outside the cgroup and a SYN from a raw socket are not seen: they have no record, hence no access.
+ */
+
+BPF_TABLE_PINNED("hash", struct hopgate_connect_key, struct hopgate_connect_record, connects, CONNECTS_MAX, PINS "/connects");
+BPF_TABLE_PINNED("hash", struct hopgate_scope_key, u32, scope, SCOPE_MAX, PINS "/scope");
+BPF_TABLE_PINNED("hash", u64, u32, exempt, EXEMPT_MAX, PINS "/exempt");
+
+#define AF_INET 2
+#define AF_INET6 10
+#define SOL_SOCKET 1
+#define SO_MARK 36
+
+/* The verifier takes loads of 4 bytes only from these arrays, and the compiler would merge two into one of 8. */
+static inline void read_ip6(volatile u32 *from, u32 *into)
+{
+	into[0] = from[0];
+	into[1] = from[1];
+	into[2] = from[2];
+	into[3] = from[3];
+}
+
+/* Addresses and ports as the socket was asked to connect; false when this is no TCP over IP. */
+static inline bool read_key(struct bpf_sock_ops *ops, struct hopgate_connect_key *key)
+{
+	u32 *source = (u32 *)key->source;
+	u32 *dest = (u32 *)key->dest;
+
+	key->source_port = ops->local_port;
+	key->dest_port = bpf_ntohl(ops->remote_port);
+	if (ops->family == AF_INET) {
+		key->family = FAMILY_4;
+		source[0] = ops->local_ip4;
+		dest[0] = ops->remote_ip4;
+		return true;
+	}
+	if (ops->family != AF_INET6)
+		return false;
+	read_ip6(ops->remote_ip6, dest);
+	if (!dest[0] && !dest[1] && dest[2] == bpf_htonl(0xffff)) {
+		key->family = FAMILY_4;
+		source[0] = ops->local_ip4;
+		dest[0] = dest[3];
+		dest[2] = 0;
+		dest[3] = 0;
+		return true;
+	}
+	key->family = FAMILY_6;
+	read_ip6(ops->local_ip6, source);
+	return true;
+}
+
+static inline bool in_scope(struct hopgate_connect_key *key)
+{
+	struct hopgate_scope_key member = {.port = key->dest_port};
+
+	if (scope.lookup(&member))
+		return true;
+	member.family = key->family;
+	__builtin_memcpy(member.address, key->dest, sizeof(member.address));
+	return scope.lookup(&member);
+}
+
+static inline void set_mark(struct bpf_sock_ops *ops, u32 mark)
+{
+	bpf_setsockopt(ops, SOL_SOCKET, SO_MARK, &mark, sizeof(mark));
+}
+
+static inline void on_connect(struct bpf_sock_ops *ops, struct hopgate_connect_key *key, struct hopgate_config *config,
+			      u64 netns)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+	struct hopgate_connect_record record = {.netns = netns};
+
+	record.tgid = KREAD(task_struct, task, tgid);
+
+	u64 *own = procs.lookup(&record.tgid);
+
+	record.node = own ? *own : 0;
+	if (record.node && exempt.lookup(&record.node)) {
+		set_mark(ops, config->mark);
+		return;
+	}
+	struct bpf_sock *sk = ops->sk;
+
+	if (!sk || sk->mark == config->mark) {
+		set_mark(ops, 0);
+		count(COUNT_FORGED);
+	}
+	if (!record.node)
+		count(COUNT_UNLABELLED);
+
+	record.socket = bpf_get_socket_cookie(ops);
+	record.time_ns = bpf_ktime_get_ns();
+
+	struct hopgate_connect_record *old = connects.lookup(key);
+
+	if (old && old->netns != record.netns && !(old->flags & CONNECT_CLOSED)) {
+		record.flags |= CONNECT_AMBIGUOUS;
+		count(COUNT_AMBIGUOUS);
+	}
+	if (connects.update(key, &record)) {
+		count(OVERFLOW_CONNECTS);
+		/* what is under this key now is about another connection */
+		connects.delete(key);
+		return;
+	}
+	count(COUNT_CONNECTS);
+	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+static inline void on_established(struct bpf_sock_ops *ops, struct hopgate_connect_key *key)
+{
+	struct hopgate_connect_record *record = connects.lookup(key);
+
+	if (record && record->socket == bpf_get_socket_cookie(ops))
+		record->flags |= CONNECT_ESTABLISHED;
+}
+
+static inline void on_close(struct bpf_sock_ops *ops, struct hopgate_connect_key *key)
+{
+	struct hopgate_connect_record *record = connects.lookup(key);
+
+	if (!record || record->socket != bpf_get_socket_cookie(ops))
+		return;
+	if (record->flags & CONNECT_ESTABLISHED) {
+		record->time_ns = bpf_ktime_get_ns();
+		record->flags |= CONNECT_CLOSED;
+	} else {
+		connects.delete(key);
+	}
+}
+
+int on_sock_ops(struct bpf_sock_ops *ops)
+{
+	struct hopgate_connect_key key = {};
+	u32 zero = 0;
+
+	if (ops->op != BPF_SOCK_OPS_TCP_CONNECT_CB && ops->op != BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB &&
+	    !(ops->op == BPF_SOCK_OPS_STATE_CB && ops->args[1] == BPF_TCP_CLOSE))
+		return 1;
+	if (!read_key(ops, &key) || !in_scope(&key))
+		return 1;
+
+	struct hopgate_config *config = settings.lookup(&zero);
+
+	if (!config)
+		return 1;
+
+	u64 netns = bpf_get_netns_cookie(ops);
+
+	key.local = netns == config->netns;
+	if (ops->op == BPF_SOCK_OPS_TCP_CONNECT_CB)
+		on_connect(ops, &key, config, netns);
+	else if (ops->op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB)
+		on_established(ops, &key);
+	else
+		on_close(ops, &key);
+	return 1;
+}

@@ -1,0 +1,32 @@
+"""The kernel side: programs, pins, lineage and netfilter rules. The only user of BCC, bpffs, iptables and ipset."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hostagent.kernel import cgroups
+from hostagent.kernel.cgroups import mount_point as cgroup_mount
+from hostagent.kernel.lifecycle import apply_scope, attached, cleanup, start
+from hostagent.kernel.pins import ConnectRecord, Pins, Refused
+from hostagent.kernel.settings import KernelError, MapSizes, Scope, Settings
+
+__all__ = [
+    "ConnectRecord",
+    "KernelError",
+    "MapSizes",
+    "Pins",
+    "Refused",
+    "Scope",
+    "Settings",
+    "apply_scope",
+    "attached",
+    "cgroup_mount",
+    "cleanup",
+    "own_cgroup",
+    "start",
+]
+
+
+def own_cgroup() -> Path:
+    """The cgroup2 directory that we are in. Raises `KernelError`."""
+    return cgroups.of_process("self")

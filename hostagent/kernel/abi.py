@@ -1,0 +1,197 @@
+"""The Python mirror of bpf/abi.h: layouts of the kernel's maps, and how their values become the model's.
+
+`tests/kernel/test_abi.py` compares sizes and offsets with what a C compiler makes of the header.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import ipaddress
+import os
+import struct
+
+from hostagent import resources
+from hostagent.kernel.settings import MapSizes, Settings
+from proxy.model import Endpoint
+
+ABI = 1
+SOURCES = ("abi.h", "lineage.bpf.c", "connect.bpf.c")
+
+TRACEPOINTS = {"on_fork": "sched_process_fork", "on_exec": "sched_process_exec", "on_exit": "sched_process_exit"}
+SOCK_OPS = "on_sock_ops"
+PROGRAMS = (*TRACEPOINTS, SOCK_OPS)
+
+DEPTH_MAX = 1024
+
+CONNECT_ESTABLISHED = 1
+CONNECT_AMBIGUOUS = 2
+CONNECT_CLOSED = 4
+
+COUNTERS = (
+    "overflow_procs",
+    "overflow_nodes",
+    "overflow_connects",
+    "too_deep",
+    "unlabelled_connects",
+    "ambiguous_connects",
+    "forged_marks",
+    "graveyard_full",
+    "connects",
+)
+OVERFLOWS = COUNTERS[:3]
+
+
+class Config(ctypes.Structure):
+    _fields_ = (
+        ("build", ctypes.c_uint64),
+        ("layout", ctypes.c_uint64),
+        ("netns", ctypes.c_uint64),
+        ("abi", ctypes.c_uint32),
+        ("mark", ctypes.c_uint32),
+    )
+
+
+class Node(ctypes.Structure):
+    _fields_ = (
+        ("parent", ctypes.c_uint64),
+        ("start_ns", ctypes.c_uint64),
+        ("inode", ctypes.c_uint64),
+        ("cgroup_id", ctypes.c_uint64),
+        ("device", ctypes.c_uint32),
+        ("tgid", ctypes.c_uint32),
+        ("uid", ctypes.c_uint32),
+        ("others", ctypes.c_int32),
+        ("depth", ctypes.c_uint32),
+        ("argv_length", ctypes.c_uint32),
+        ("argv_stored", ctypes.c_uint32),
+        ("path_length", ctypes.c_uint32),
+        ("comm", ctypes.c_char * 16),
+        ("path", ctypes.c_char * 128),
+        ("argv", ctypes.c_ubyte * 256),
+    )
+
+
+class ConnectKey(ctypes.Structure):
+    _fields_ = (
+        ("source", ctypes.c_ubyte * 16),
+        ("dest", ctypes.c_ubyte * 16),
+        ("source_port", ctypes.c_uint16),
+        ("dest_port", ctypes.c_uint16),
+        ("family", ctypes.c_uint16),
+        ("local", ctypes.c_uint16),
+    )
+
+
+class ConnectRecord(ctypes.Structure):
+    _fields_ = (
+        ("node", ctypes.c_uint64),
+        ("netns", ctypes.c_uint64),
+        ("socket", ctypes.c_uint64),
+        ("time_ns", ctypes.c_uint64),
+        ("tgid", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+    )
+
+
+class ScopeKey(ctypes.Structure):
+    _fields_ = (("address", ctypes.c_ubyte * 16), ("family", ctypes.c_uint32), ("port", ctypes.c_uint32))
+
+
+class TaskRow(ctypes.Structure):
+    _fields_ = (
+        ("node", ctypes.c_uint64),
+        ("exec_id", ctypes.c_uint64),
+        ("start_ns", ctypes.c_uint64),
+        ("inode", ctypes.c_uint64),
+        ("cgroup_id", ctypes.c_uint64),
+        ("device", ctypes.c_uint32),
+        ("uid", ctypes.c_uint32),
+        ("tgid", ctypes.c_uint32),
+        ("parent_tgid", ctypes.c_uint32),
+        ("ns_tgid", ctypes.c_uint32),
+        ("parent_ns_tgid", ctypes.c_uint32),
+        ("known", ctypes.c_uint32),
+        ("parent_kthread", ctypes.c_uint32),
+        ("comm", ctypes.c_char * 16),
+    )
+
+
+U32 = struct.Struct("=I")
+U64 = struct.Struct("=Q")
+
+MAPS: dict[str, tuple[int, int]] = {
+    "settings": (4, ctypes.sizeof(Config)),
+    "counters": (4, 8),
+    "procs": (4, 8),
+    "nodes": (8, ctypes.sizeof(Node)),
+    "connects": (ctypes.sizeof(ConnectKey), ctypes.sizeof(ConnectRecord)),
+    "scope": (ctypes.sizeof(ScopeKey), 4),
+    "exempt": (8, 4),
+}
+"""Maps that user space opens: bytes of key and value."""
+
+
+def _packed(address: str) -> tuple[int, bytes]:
+    value = ipaddress.ip_address(address)
+    if isinstance(value, ipaddress.IPv6Address) and value.ipv4_mapped is not None:
+        value = value.ipv4_mapped
+    return value.version, value.packed.ljust(16, b"\0")
+
+
+def connect_key(source: Endpoint, dest: Endpoint, *, local: bool) -> bytes:
+    """`local`: in the listener's own network namespace. Raises `ValueError` for what is no address, and for a pair of two families."""
+    family, packed = _packed(source.address)
+    dest_family, dest_packed = _packed(dest.address)
+    if family != dest_family:
+        raise ValueError(f"`{source}` and `{dest}` are of two families")
+    return struct.pack("=16s16sHHHH", packed, dest_packed, source.port, dest.port, family, local)
+
+
+def scope_key(member: Endpoint | int) -> bytes:
+    """An endpoint, or a port that is protected at any address."""
+    if isinstance(member, int):
+        return struct.pack("=16sII", b"", 0, member)
+    family, packed = _packed(member.address)
+    return struct.pack("=16sII", packed, family, member.port)
+
+
+def st_dev(device: int) -> int:
+    """The kernel's own device number in the encoding of `st_dev`."""
+    return os.makedev(device >> 20, device & 0xFFFFF)
+
+
+def s_dev(device: int) -> int:
+    """`st_dev` in the kernel's own encoding."""
+    return os.major(device) << 20 | os.minor(device)
+
+
+def split_argv(node: Node) -> tuple[tuple[str, ...], bool]:
+    """The stored head of the argument vector, and whether anything of it is missing."""
+    stored = bytes(node.argv[: node.argv_stored])
+    truncated = node.argv_stored < node.argv_length
+    if not stored:
+        return (), truncated
+    arguments = stored.removesuffix(b"\0").split(b"\0")
+    return tuple(argument.decode(errors="surrogateescape") for argument in arguments), truncated
+
+
+def sources() -> str:
+    """The C sources as one text, as BCC wants them: it rewrites map calls in its main file only."""
+    root = resources.path("bpf")
+    return "".join(f'#line 1 "{name}"\n{(root / name).read_text()}\n' for name in SOURCES)
+
+
+def _digest(*parts: object) -> int:
+    digest = hashlib.sha256(repr(parts).encode()).digest()
+    return U64.unpack_from(digest)[0] or 1
+
+
+def layout_of(sizes: MapSizes) -> int:
+    """Equal for two builds that can share their maps."""
+    return _digest((resources.path("bpf") / "abi.h").read_text(), sizes)
+
+
+def build_of(settings: Settings, netns: int) -> int:
+    """Equal for two builds that behave alike, for a listener in the network namespace with the cookie `netns`."""
+    return _digest(sources(), settings.sizes, settings.mark, netns)

@@ -1,0 +1,123 @@
+"""Puts the kernel programs in, and takes everything off again: the only caller of the loader.
+
+States of the pin directory:
+
+    absent                  load
+    complete, same build    keep: programs and maps outlive the daemon, and the lineage is exact
+    complete, same layout   replace in place: new programs on the same maps, attached before the old ones go
+    anything else           remove and load again; the lineage is then seeded from /proc
+
+In between, the netfilter rules stay: connects are redirected and denied.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import msgspec
+
+from hostagent.kernel import abi, bpf, redirect
+from hostagent.kernel.conntrack import Conntrack
+from hostagent.kernel.pins import Pins, own_netns, remove
+from hostagent.kernel.settings import KernelError, LoadRequest, Scope, Settings
+
+_LOAD_TIMEOUT_S = 120
+_SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
+
+
+def start(settings: Settings, scope: Scope) -> Pins:
+    """Sees to it that this build's programs are attached to the cgroup, and that scope and rules are in; opens the pins. Nobody is
+    exempt at first. Raises `KernelError`."""
+    state = _state(settings)
+    if state != "keep":
+        if state == "again":
+            remove(settings.pin_dir)
+        _load(settings, replace=state == "replace")
+    pins = Pins.open(settings.pin_dir, Conntrack(settings.listen_port))
+    try:
+        for node in pins.exempted():
+            pins.unexempt(node)
+        apply_scope(settings, pins, scope)
+    except BaseException:
+        pins.close()
+        raise
+    return pins
+
+
+def apply_scope(settings: Settings, pins: Pins, scope: Scope) -> None:
+    """Sets what is recorded and what is redirected; what is in both scopes stays covered throughout. Raises `KernelError`."""
+    pins.set_scope(scope)
+    redirect.install(redirect.Rules.of(settings, scope))
+
+
+def attached(settings: Settings) -> bool:
+    """Whether everything that the loader attached and pinned is still there, and on the cgroup of the settings."""
+    return _state(settings) == "keep"
+
+
+def cleanup(pin_dir: Path) -> list[str]:
+    """Takes off rules, sets, pins and with them every attachment: nothing else, and nothing is left. Says what was taken off.
+    Repeatable. Raises `KernelError`."""
+    removed = redirect.remove()
+    if pin_dir.exists():
+        removed.append(f"programs, maps and their attachments pinned in {pin_dir}")
+        remove(pin_dir)
+    return removed
+
+
+def _state(settings: Settings) -> str:
+    directory = settings.pin_dir
+    if not directory.exists():
+        return "load"
+    expected = {*abi.MAPS, "blank", "graveyard"}
+    expected |= {f"{kind}_{name}" for kind in ("link", "program") for name in abi.PROGRAMS}
+    if not expected <= set(os.listdir(directory)):
+        return "again"
+    try:
+        with Pins.open(directory) as pins:
+            config = pins.config()
+        link = bpf.object_get(directory / f"link_{abi.SOCK_OPS}")
+        try:
+            cgroup_id = bpf.attached_cgroup(link)
+        finally:
+            os.close(link)
+    except (KernelError, OSError):
+        return "again"
+    if config.build == 0 or config.abi != abi.ABI or config.layout != abi.layout_of(settings.sizes):
+        return "again"
+    try:
+        same_cgroup = settings.cgroup.stat().st_ino == cgroup_id
+    except OSError as error:
+        raise KernelError(f"cannot open cgroup `{settings.cgroup}`: {error.strerror}") from error
+    return "keep" if same_cgroup and config.build == abi.build_of(settings, own_netns()) else "replace"
+
+
+def _load(settings: Settings, *, replace: bool) -> None:
+    request = LoadRequest(
+        pins=str(settings.pin_dir),
+        cgroup=str(settings.cgroup),
+        run_dir=str(settings.run_dir),
+        mark=settings.mark,
+        netns=own_netns(),
+        build=abi.build_of(settings, own_netns()),
+        layout=abi.layout_of(settings.sizes),
+        sizes=settings.sizes,
+        replace=replace,
+    )
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "hostagent.kernel.loader"],
+            input=msgspec.json.encode(request),
+            capture_output=True,
+            cwd=Path(__file__).resolve().parents[2],
+            env={"PATH": _SEARCH_PATH},
+            timeout=_LOAD_TIMEOUT_S,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise KernelError(f"the kernel loader did not end within {_LOAD_TIMEOUT_S} s; try again") from error
+    if done.returncode:
+        lines = done.stderr.decode(errors="replace").strip().splitlines()
+        raise KernelError(lines[-1] if lines else f"the kernel loader ended with status {done.returncode}")

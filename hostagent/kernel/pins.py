@@ -1,0 +1,277 @@
+"""Opens what the loader pinned: takes connect records, reads lineages, keeps scope and exemptions. No BCC, no compiler.
+
+Not for use by two threads at once.
+
+Blind spots: a record says who called `connect()`, not who holds the socket now. A record is believed for `STALE_S`
+after the connect, and for `CLOSED_S` after the client's socket was closed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import socket
+import time
+from collections import OrderedDict
+from pathlib import Path
+from typing import Self
+
+import msgspec
+
+from hostagent.kernel import abi, bpf, cgroups
+from hostagent.kernel.conntrack import Conntrack
+from hostagent.kernel.settings import KernelError, Scope
+from proxy.model import Endpoint, ProcessImage
+
+STALE_S = 30.0
+CLOSED_S = 5.0
+_CACHE_MAX = 16_384
+_SO_NETNS_COOKIE = 71
+_ONE = abi.U32.pack(1)
+
+
+class ConnectRecord(msgspec.Struct, frozen=True):
+    """Who connected. `node` is the process image; `time_ns` is CLOCK_MONOTONIC of the connect, or of the close when the client has
+    closed since. `netns` and `socket` are the kernel's cookies."""
+
+    node: int
+    tgid: int
+    netns: int
+    socket: int
+    time_ns: int
+
+
+class Refused(msgspec.Struct, frozen=True):
+    """Nobody can be named as the one who asks; `reason` says why, for the record."""
+
+    reason: str
+
+
+class Pins:
+    """The pinned maps. Every method that reads may raise `OSError` when the kernel refuses."""
+
+    def __init__(
+        self, directory: Path, maps: dict[str, bpf.Map], programs: list[int], conntrack: Conntrack | None
+    ) -> None:
+        self.directory = directory
+        self._settings = maps["settings"]
+        self._counters = maps["counters"]
+        self._procs = maps["procs"]
+        self._nodes = maps["nodes"]
+        self._connects = maps["connects"]
+        self._scope = maps["scope"]
+        self._exempt = maps["exempt"]
+        self._maps = maps
+        self._programs = programs
+        self._conntrack = conntrack
+        self._muster: Endpoint | None = None
+        self._cgroups = cgroups.Paths(cgroups.mount_point())
+        self._images: OrderedDict[int, tuple[int, ProcessImage]] = OrderedDict()
+
+    @classmethod
+    def open(cls, directory: Path, conntrack: Conntrack | None = None) -> Self:
+        """With `conntrack`, records are looked up by the tuple that the client used, before any rewriting. Raises `KernelError`."""
+        maps: dict[str, bpf.Map] = {}
+        programs: list[int] = []
+        try:
+            for name, (key_bytes, value_bytes) in abi.MAPS.items():
+                maps[name] = bpf.Map.pinned(directory / name, key_bytes, value_bytes)
+            programs.extend(bpf.object_get(directory / f"program_{name}") for name in abi.TRACEPOINTS)
+            return cls(directory, maps, programs, conntrack)
+        except (OSError, ValueError) as error:
+            for one in maps.values():
+                one.close()
+            for program in programs:
+                os.close(program)
+            raise KernelError(f"cannot open the pins in `{directory}`: {error}; restart hopgate") from error
+
+    def close(self) -> None:
+        for one in self._maps.values():
+            one.close()
+        for program in self._programs:
+            os.close(program)
+        if self._conntrack is not None:
+            self._conntrack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+    def config(self) -> abi.Config:
+        return abi.Config.from_buffer_copy(self._settings.get(abi.U32.pack(0)) or bytes(ctypes.sizeof(abi.Config)))
+
+    # --- records ------------------------------------------------------------------------------------------------------
+
+    def take(self, peer: Endpoint, dialled: Endpoint) -> ConnectRecord | Refused:
+        """Takes the record of an accepted connection out of the map, whatever comes of it, so that nobody can claim it again."""
+        source, local = peer, True
+        if self._conntrack is not None and dialled != self._muster:
+            try:
+                found = self._conntrack.source(peer, dialled)
+            except OSError as error:
+                return Refused(f"conntrack cannot be asked about the connection: {error.strerror or error}")
+            if found is None:
+                return Refused("conntrack knows no redirected connection between these addresses")
+            source, local = found
+        try:
+            key = abi.connect_key(source, dialled, local=local)
+        except ValueError as error:
+            return Refused(f"the connection's addresses make no sense: {error}")
+        value = self._connects.get(key)
+        if value is None or not self._connects.delete(key):
+            return Refused(
+                "the kernel has no record of this connection: raw socket, or a process outside the hooked cgroup"
+            )
+        record = abi.ConnectRecord.from_buffer_copy(value)
+        age_s = (time.monotonic_ns() - record.time_ns) / 1e9
+        closed = bool(record.flags & abi.CONNECT_CLOSED)
+        if record.flags & abi.CONNECT_AMBIGUOUS:
+            return Refused("two network namespaces use the same addresses for this connection")
+        if not record.flags & abi.CONNECT_ESTABLISHED:
+            return Refused("the recorded connection was never established by its own socket")
+        if age_s > (CLOSED_S if closed else STALE_S):
+            return Refused(f"the record is stale: {'closed' if closed else 'connected'} {age_s:.0f} s ago")
+        if not record.node:
+            return Refused("the connecting process has no lineage: it is older than the hooks, or a table overflowed")
+        return ConnectRecord(record.node, record.tgid, record.netns, record.socket, record.time_ns)
+
+    def sweep(self, age_s: float = STALE_S) -> int:
+        """Removes records that nobody took within `age_s`; returns how many. To be called every few seconds."""
+        oldest_ns = time.monotonic_ns() - int(age_s * 1e9)
+        swept = 0
+        # a list: deleting while walking would start the walk again
+        for key in list(self._connects.keys()):
+            value = self._connects.get(key)
+            if value is not None and abi.ConnectRecord.from_buffer_copy(value).time_ns < oldest_ns:
+                swept += self._connects.delete(key)
+        return swept
+
+    # --- lineage ------------------------------------------------------------------------------------------------------
+
+    def image(self, node: int) -> ProcessImage | None:
+        """None when the node is not known any more."""
+        found = self._image(node)
+        return found[1] if found is not None else None
+
+    def lineage(self, node: int) -> tuple[ProcessImage, ...] | None:
+        """Root first, `node` last; None when any of it is missing."""
+        images: list[ProcessImage] = []
+        while node:
+            found = self._image(node)
+            if found is None or len(images) > abi.DEPTH_MAX:
+                return None
+            node, image = found
+            images.append(image)
+        return tuple(reversed(images)) or None
+
+    def node_of(self, tgid: int) -> int | None:
+        """The node of a process, by its id in the initial pid namespace; None without label."""
+        value = self._procs.get(abi.U32.pack(tgid))
+        node: int = abi.U64.unpack(value)[0] if value is not None else 0
+        return node or None
+
+    def _image(self, node: int) -> tuple[int, ProcessImage] | None:
+        known = self._images.get(node)
+        if known is not None:
+            self._images.move_to_end(node)
+            return known
+        value = self._nodes.get(abi.U64.pack(node))
+        if value is None:
+            return None
+        read = abi.Node.from_buffer_copy(value)
+        argv, truncated = abi.split_argv(read)
+        image = ProcessImage(
+            node=node,
+            tgid=read.tgid,
+            start_ns=read.start_ns,
+            uid=read.uid,
+            device=abi.st_dev(read.device),
+            inode=read.inode,
+            path=read.path.decode(errors="surrogateescape"),
+            comm=read.comm.decode(errors="surrogateescape"),
+            argv=argv,
+            argv_truncated=truncated,
+            cgroup=self._cgroups.path(read.cgroup_id),
+        )
+        self._images[node] = read.parent, image
+        if len(self._images) > _CACHE_MAX:
+            self._images.popitem(last=False)
+        return read.parent, image
+
+    # --- exemption and scope ------------------------------------------------------------------------------------------
+
+    def exempt(self, node: int) -> None:
+        """Exempts the processes that run this image, until they call execve. Raises `KernelError`."""
+        try:
+            self._exempt.put(abi.U64.pack(node), _ONE)
+        except OSError as error:
+            raise KernelError(f"cannot exempt a worker: {error}") from error
+
+    def unexempt(self, node: int) -> None:
+        self._exempt.delete(abi.U64.pack(node))
+
+    def exempted(self) -> frozenset[int]:
+        """The nodes that are exempt: those of a daemon that was killed have to be taken out by the next."""
+        return frozenset(abi.U64.unpack(key)[0] for key in list(self._exempt.keys()))
+
+    def set_scope(self, scope: Scope) -> None:
+        """Connects to these are recorded. New members are in before old ones are out. Raises `KernelError` when they do not fit."""
+        members: list[Endpoint | int] = [*scope.ports, *scope.endpoints]
+        if scope.muster is not None:
+            members.append(scope.muster)
+        self._muster = scope.muster
+        wanted = {abi.scope_key(member) for member in members}
+        try:
+            for key in wanted:
+                self._scope.put(key, _ONE)
+        except OSError as error:
+            raise KernelError(
+                f"cannot protect `{len(wanted)}` ports and endpoints: {error}; enlarge the scope map"
+            ) from error
+        for key in list(self._scope.keys()):
+            if key not in wanted:
+                self._scope.delete(key)
+
+    # --- health -------------------------------------------------------------------------------------------------------
+
+    def counters(self) -> dict[str, int]:
+        """Events since the programs were loaded, by name (`abi.COUNTERS`), and `missed`: events for which the kernel skipped a
+        program."""
+        found = {}
+        for index, name in enumerate(abi.COUNTERS):
+            value = self._counters.get(abi.U32.pack(index))
+            found[name] = abi.U64.unpack(value)[0] if value is not None else 0
+        found["missed"] = sum(bpf.recursion_misses(program) for program in self._programs)
+        return found
+
+    def overflowed(self) -> bool:
+        """Whether any process or connection lost its label since the programs were loaded. Those are denied; an alert is due. A
+        missed event is worse, since a missed execve leaves a process with the label of what it ran before."""
+        counters = self.counters()
+        return counters["missed"] > 0 or any(counters[name] for name in abi.OVERFLOWS)
+
+
+def own_netns() -> int:
+    """The cookie of the network namespace that we are in. Raises `KernelError`."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as any_socket:
+        try:
+            cookie = any_socket.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+        except OSError as error:
+            raise KernelError(
+                "the kernel has no cookies for network namespaces: Linux 5.15 or newer is needed"
+            ) from error
+    value: int = abi.U64.unpack(cookie)[0]
+    return value
+
+
+def remove(directory: Path) -> None:
+    """Unpins, which detaches. Links first, so that nothing runs on maps that are half gone."""
+    try:
+        names = sorted(os.listdir(directory), key=lambda name: (not name.startswith("link_"), name))
+    except FileNotFoundError:
+        return
+    for name in names:
+        (directory / name).unlink(missing_ok=True)
+    directory.rmdir()

@@ -1,0 +1,214 @@
+"""The netfilter rules that bring protected connections to the listener, in the network namespace of the caller.
+
+    nat     OUTPUT, PREROUTING  TCP SYNs to protected ports (any address) and to the targets' endpoints: REDIRECT
+    filter  INPUT               packets to the listener's port that were not redirected: reset
+    filter  OUTPUT, FORWARD     UDP to the same destinations: rejected
+
+Everything is in chains and sets of our own, for IPv4 and IPv6; each family's rules go in as one transaction, with
+the jumps in front. Rules look at SYNs only, so that connections which exist already go on. The workers' own connections
+are exempt if they come from the workers' cgroup *and* carry the mark that only the kernel program gives.
+
+Blind spots: rules that somebody inserts in front of ours, packets that never pass this namespace's IP layer (AF_PACKET). A
+connection from outside to a protected port of this host is redirected too.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from hostagent.kernel import cgroups
+from hostagent.kernel.settings import KernelError, Scope, Settings
+from proxy.model import Endpoint
+
+_FAMILIES = (4, 6)
+_IPTABLES = {4: "iptables", 6: "ip6tables"}
+_PORTS_SET = "hopgate-ports"
+_ENDPOINTS_SET = {4: "hopgate-4", 6: "hopgate-6"}
+_CHAINS = {
+    "nat": {"OUTPUT": "HOPGATE-OUT", "PREROUTING": "HOPGATE-PRE"},
+    "filter": {"INPUT": "HOPGATE-IN", "OUTPUT": "HOPGATE-UDP", "FORWARD": "HOPGATE-UDP"},
+}
+_TIMEOUT_S = 30
+_WAIT_S = "5"
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What is redirected and who is exempt. `worker_cgroup` is a path from the cgroup2 mount, and has to exist: the kernel
+    resolves it when the rule is installed."""
+
+    listen_port: int
+    worker_cgroup: str
+    mark: int
+    ports: tuple[int, ...]
+    endpoints: tuple[Endpoint, ...]
+
+    @classmethod
+    def of(cls, settings: Settings, scope: Scope) -> Self:
+        """Raises `KernelError` when the worker cgroup is not below the cgroup2 mount."""
+        mount = cgroups.mount_point()
+        try:
+            path = settings.worker_cgroup.relative_to(mount)
+        except ValueError as error:
+            raise KernelError(f"worker cgroup `{settings.worker_cgroup}` is not below `{mount}`") from error
+        return cls(settings.listen_port, str(path), settings.mark, scope.ports, scope.endpoints)
+
+
+def install(rules: Rules) -> str:
+    """Puts sets and rules in, or replaces them in place; never doubles any. Returns what `present` compares with.
+
+    Raises `KernelError`; what was there before is then still complete for the family that failed."""
+    _fill_sets(rules)
+    for family in _FAMILIES:
+        _run([f"{_IPTABLES[family]}-restore", "--noflush", "--wait", _WAIT_S], _restore_text(rules, family))
+    return _fingerprint()
+
+
+def present(installed: str) -> bool:
+    """Whether rules and sets are exactly as `install` left them. Its argument is what `install` returned."""
+    return _fingerprint() == installed
+
+
+def remove() -> list[str]:
+    """Takes off jumps, chains and sets, as far as they are there; says what. Raises `KernelError`."""
+    removed: list[str] = []
+    for family in _FAMILIES:
+        for table, jumps in _CHAINS.items():
+            for hook, chain in jumps.items():
+                while _jumps(family, table, hook, chain):
+                    _iptables(family, table, "-D", hook, "-j", chain)
+            for chain in dict.fromkeys(jumps.values()):
+                if _chain(family, table, chain):
+                    _iptables(family, table, "-F", chain)
+                    _iptables(family, table, "-X", chain)
+                    removed.append(f"IPv{family} chain {chain} of table {table}")
+    existing = set(_run(["ipset", "list", "-name"]).split())
+    for name in (_PORTS_SET, *_ENDPOINTS_SET.values()):
+        for one in (name, _fresh(name)):
+            if one in existing:
+                _run(["ipset", "destroy", one])
+                removed.append(f"address set {one}")
+    return removed
+
+
+# --- sets -------------------------------------------------------------------------------------------------------------
+
+
+def _fresh(name: str) -> str:
+    return f"{name}-new"
+
+
+def _fill_sets(rules: Rules) -> None:
+    members: dict[str, list[str]] = {_PORTS_SET: [str(port) for port in sorted(rules.ports)]}
+    kinds = {_PORTS_SET: "bitmap:port range 0-65535"}
+    for family in _FAMILIES:
+        name = _ENDPOINTS_SET[family]
+        kinds[name] = f"hash:ip,port family {'inet' if family == 4 else 'inet6'} maxelem 65536"
+        members[name] = [
+            f"{endpoint.address},{protocol}:{endpoint.port}"
+            for endpoint in sorted(rules.endpoints)
+            if ipaddress.ip_address(endpoint.address).version == family
+            for protocol in ("tcp", "udp")
+        ]
+    lines: list[str] = []
+    for name, kind in kinds.items():
+        fresh = _fresh(name)
+        # both exist from here on, whatever was left behind; then the filled one takes the place of the old one at once
+        lines += [f"create {name} {kind} -exist", f"create {fresh} {kind} -exist", f"flush {fresh}"]
+        lines += [f"add {fresh} {member}" for member in members[name]]
+        lines += [f"swap {fresh} {name}", f"destroy {fresh}"]
+    _run(["ipset", "restore"], "\n".join(lines) + "\n")
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
+
+
+def _restore_text(rules: Rules, family: int) -> str:
+    matches = (f"-m set --match-set {_PORTS_SET} dst", f"-m set --match-set {_ENDPOINTS_SET[family]} dst,dst")
+    exempt = f"-m cgroup --path {_quoted(rules.worker_cgroup)} -m mark --mark {rules.mark:#x}"
+    redirect = f"-j REDIRECT --to-ports {rules.listen_port}"
+    unreachable = "icmp-port-unreachable" if family == 4 else "icmp6-port-unreachable"
+    bodies = {
+        "nat": [
+            f"-A HOPGATE-OUT {exempt} -j RETURN",
+            *(
+                f"-A {chain} -p tcp --syn {match} {redirect}"
+                for chain in ("HOPGATE-OUT", "HOPGATE-PRE")
+                for match in matches
+            ),
+        ],
+        "filter": [
+            f"-A HOPGATE-IN -p tcp --dport {rules.listen_port} -m conntrack ! --ctstate DNAT "
+            "-j REJECT --reject-with tcp-reset",
+            *(f"-A HOPGATE-UDP -p udp {match} -j REJECT --reject-with {unreachable}" for match in matches),
+        ],
+    }
+    lines: list[str] = []
+    for table, jumps in _CHAINS.items():
+        lines.append(f"*{table}")
+        # declaring a chain empties it, within the same transaction that fills it
+        lines += [f":{chain} - [0:0]" for chain in dict.fromkeys(jumps.values())]
+        lines += bodies[table]
+        lines += [f"-I {hook} 1 -j {chain}" for hook, chain in jumps.items() if not _jumps(family, table, hook, chain)]
+        lines.append("COMMIT")
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(path: str) -> str:
+    if any(character in path for character in '"\\\n'):
+        raise KernelError(f"worker cgroup `{path}` has a character that iptables-restore cannot take")
+    return f'"{path}"'
+
+
+def _jumps(family: int, table: str, hook: str, chain: str) -> bool:
+    return _succeeds(family, table, "-C", hook, "-j", chain)
+
+
+def _chain(family: int, table: str, chain: str) -> bool:
+    return _succeeds(family, table, "-n", "-L", chain)
+
+
+def _fingerprint() -> str:
+    parts: list[str] = []
+    for family in _FAMILIES:
+        for table, jumps in _CHAINS.items():
+            for hook, chain in jumps.items():
+                parts += (
+                    f"{family} {table} {hook}: {'-j ' + chain if _jumps(family, table, hook, chain) else 'no jump'}",
+                )
+            for chain in dict.fromkeys(jumps.values()):
+                there = _chain(family, table, chain)
+                parts.append(_iptables(family, table, "-S", chain) if there else f"{family} {table} {chain}: gone")
+    existing = set(_run(["ipset", "list", "-name"]).split())
+    for name in (_PORTS_SET, *_ENDPOINTS_SET.values()):
+        saved = _run(["ipset", "save", name]).splitlines() if name in existing else [f"{name}: gone"]
+        parts += sorted(line for line in saved if not line.startswith("create "))
+    return "\n".join(parts)
+
+
+def _succeeds(family: int, table: str, *arguments: str) -> bool:
+    command = [_IPTABLES[family], "-w", _WAIT_S, "-t", table, *arguments]
+    try:
+        return subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S).returncode == 0
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise KernelError(f"cannot run `{command[0]}`: {error}") from error
+
+
+def _iptables(family: int, table: str, *arguments: str) -> str:
+    return _run([_IPTABLES[family], "-w", _WAIT_S, "-t", table, *arguments])
+
+
+def _run(command: list[str], text: str = "") -> str:
+    try:
+        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=_TIMEOUT_S)
+    except FileNotFoundError as error:
+        raise KernelError(f"`{command[0]}` is missing: install `{Path(command[0]).name.split('-')[0]}`") from error
+    except subprocess.TimeoutExpired as error:
+        raise KernelError(f"`{' '.join(command)}` did not end within {_TIMEOUT_S} s") from error
+    if done.returncode:
+        raise KernelError(f"`{' '.join(command)}` failed: {' '.join(done.stderr.split())}")
+    return done.stdout

@@ -1,0 +1,77 @@
+"""What the kernel side has to be told, and the one error it raises for operators."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from hostagent.errors import OperatorError
+from proxy.model import Endpoint
+
+DEFAULT_MARK = 0x0F0E
+
+
+class KernelError(OperatorError):
+    """The kernel side could not be set up or read. The message names what is missing and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class MapSizes:
+    """Entries of the kernel's maps; memory is taken at load, about 540 bytes a node. What is started when `procs` or
+    `nodes` are full is unlabelled and denied. `graveyard` is how many dead images wait for a late accept."""
+
+    procs: int = 65_536
+    nodes: int = 98_304
+    graveyard: int = 16_384
+    connects: int = 65_536
+    scope: int = 4_096
+    exempt: int = 1_024
+
+    def __post_init__(self) -> None:
+        if self.graveyard >= self.nodes:
+            raise ValueError("graveyard has to be smaller than nodes")
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What stays while the daemon runs. `cgroup` is the cgroup2 directory whose processes' connects are recorded;
+    `worker_cgroup` is the directory, below it, of the processes that may be exempt. `run_dir` is a root-owned directory
+    for the loader's scratch files."""
+
+    cgroup: Path
+    pin_dir: Path
+    listen_port: int
+    worker_cgroup: Path
+    mark: int = DEFAULT_MARK
+    sizes: MapSizes = field(default_factory=MapSizes)
+    run_dir: Path = Path("/run/hopgate")
+
+    def __post_init__(self) -> None:
+        if not 0 < self.mark < 1 << 32:
+            raise ValueError(f"mark `{self.mark}` has to be a number of 32 bits other than 0")
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Connects to what is recorded: `ports` at any address and the targets' `endpoints` are redirected too; `muster` is where the
+    workers connect to, directly, to show which image they are."""
+
+    ports: tuple[int, ...] = ()
+    endpoints: tuple[Endpoint, ...] = ()
+    muster: Endpoint | None = None
+
+
+class LoadRequest(msgspec.Struct, frozen=True):
+    """What the loader is told, as JSON. `replace` asks for new programs on the maps that are pinned already."""
+
+    pins: str
+    cgroup: str
+    run_dir: str
+    mark: int
+    netns: int
+    build: int
+    layout: int
+    sizes: MapSizes
+    replace: bool
