@@ -5,11 +5,11 @@ Blind spot: an agent that this version of the policy does not know (a chain attr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 from proxy.masking import masker
 from proxy.model import UNATTRIBUTED, ColumnMask, Decision, Endpoint, Reason, Ruling, Target
-from proxy.policy import housekeeping, vocabulary
+from proxy.policy import vocabulary
 from proxy.policy.decide import CompiledRule, HopRules, Judge
 from proxy.policy.document import MASK_METHODS, Mask, ResolvedPolicy, Rule
 from proxy.policy.names import FunctionPattern, RelationPattern
@@ -21,11 +21,12 @@ _DECISIONS = {"allow": Decision.ALLOW, "hold": Decision.HOLD, "deny": Decision.D
 
 
 class CompiledPolicy:
-    """One version of the policy, ready to rule. `targets` are by name; `mask_key` keys the `hash` masks."""
+    """One version of the policy, ready to rule. `targets` are by name; `agents` are names; `mask_key` keys the `hash`
+    masks."""
 
     def __init__(self, resolved: ResolvedPolicy, mask_key: bytes) -> None:
         self.version = resolved.version
-        self._agents = frozenset(agent.name for agent in resolved.agents) | {UNATTRIBUTED}
+        self.agents = frozenset(agent.name for agent in resolved.agents) | {UNATTRIBUTED}
         self._protocols = dict(resolved.protected_ports)
         self.targets = {target.name: target for target in resolved.targets}
         self._endpoints = {endpoint: target for target in resolved.targets for endpoint in target.endpoints}
@@ -58,15 +59,9 @@ class CompiledPolicy:
             judge = self._judges[key] = Judge(self.version, target.name, hops, self._met_masks(hops))
         return judge
 
-    def login(
-        self,
-        principals: tuple[str, ...],
-        target: Target,
-        database: str,
-        parameters: Sequence[tuple[str, str]] = (),
-    ) -> Ruling:
-        """May the chain log in at all? Each hop needs a rule that allows or holds something there; the database has to
-        be one of the target's; startup parameters may set only what a statement may set without a rule."""
+    def login(self, principals: tuple[str, ...], target: Target, database: str) -> Ruling:
+        """May the chain log in at all? Each hop needs a rule that allows or holds something there, and the database has
+        to be one of the target's. Startup parameters are the protocol's to judge."""
         reasons: list[Reason] = []
         for principal in principals:
             hop = self._hop(principal, target.name)
@@ -82,10 +77,6 @@ class CompiledPolicy:
         if target.databases and database not in target.databases:
             text = f"agent `{last}` may not open database `{database}` (target has {_listed(target.databases)})"
             reasons.append(Reason(last, "[target's databases]", Decision.DENY, text))
-        refused = housekeeping.refused_startup_parameters(parameters)
-        if refused:
-            text = f"agent `{last}` may not start a session with {_listed(refused)} set"
-            reasons.append(Reason(last, "[startup parameters]", Decision.DENY, text))
         decisive = next((reason for reason in reasons if reason.decision == Decision.DENY), reasons[-1])
         return Ruling(
             decision=decisive.decision,
@@ -98,8 +89,8 @@ class CompiledPolicy:
     def _hop(self, principal: str, target: str) -> HopRules:
         hop = self._hops.get((principal, target))
         if hop is None:
-            hop = _hop_rules(principal, target, self._rules if principal in self._agents else ())
-            if principal in self._agents:
+            hop = _hop_rules(principal, target, self._rules if principal in self.agents else ())
+            if principal in self.agents:
                 self._hops[principal, target] = hop
         return hop
 
@@ -120,7 +111,6 @@ class CompiledPolicy:
 _LOGIN_HINTS = {
     "[no rule allows it]": "ask those who keep the policy for a rule that names this agent and target",
     "[target's databases]": "connect to a database that the policy names for this target",
-    "[startup parameters]": "connect without them; `options` and `replication` are never passed on",
 }
 
 

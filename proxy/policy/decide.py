@@ -50,13 +50,18 @@ Demand = tuple[str, Relation | None]
 _READS_AS_ITSELF = frozenset({"select", "copy-out", "copy-file", "copy-program"})
 
 _QUERY_KINDS = vocabulary.READ | vocabulary.WRITE | {"create-table-as", "select-into", "create-view"}
-_TRACEABLE_ON_MASKED = _QUERY_KINDS | {"create-materialized-view", "lock-table", "vacuum", "analyze", "drop-table"}
+_TRACEABLE_ON_MASKED = (
+    _QUERY_KINDS
+    | housekeeping.KINDS
+    | {"create-materialized-view", "lock-table", "vacuum", "analyze", "drop-table", "set"}
+)
+"""Kinds that may name a masked relation: what they show of it is told by `StatementFacts`, or nothing."""
+
 _TRACEABLE = (
     _TRACEABLE_ON_MASKED
-    | housekeeping.KINDS
     | vocabulary.TWO_PHASE
     | vocabulary.MAINTENANCE
-    | {"set", "reset", "show", "listen", "notify", "comment", "create-table", "create-index", "create-sequence"}
+    | {"reset", "show", "listen", "notify", "comment", "create-table", "create-index", "create-sequence"}
     | {"create-type", "create-schema", "alter-table", "alter-sequence", "alter-index", "create-statistics"}
     | {kind for kind in vocabulary.DDL if kind.startswith("drop-")}
 )
@@ -232,6 +237,10 @@ class Judge:
 
     def _statement(self, hop: HopRules, statement: StatementFacts) -> _Verdict:
         demands = list(_demands(statement))
+        for part in statement.parts:
+            if part.kind == "set" and housekeeping.is_fixed(part.parameter, part.value):
+                text = f"agent `{hop.agent}` may not set {part.parameter}: names or texts would mean something else"
+                return _Verdict(Decision.DENY, "[fixed setting]", text, "no rule can allow this; qualify names instead")
         for part, rule in product(statement.parts, hop.denies):
             if rule.touches(part, _own_demands(part)):
                 text = f"agent `{hop.agent}` may not {_deed(statement, demands)} (rule `{rule.name}`)"
@@ -257,7 +266,7 @@ class Judge:
             for demand in work:
                 rule = next((rule for rule in grants if rule.covers(demand)), None)
                 if rule is None and not _by_function(part, demand, unsafe):
-                    return _missing(hop, f"{demand[0]}{_on(demand[1])}", demand[0])
+                    return _missing(hop, f"{demand[0]}{_on(demand[1])} {part.parameter}".rstrip(), demand[0])
                 if rule is not None:
                     used[rule.name] = None
             kinds = {part.kind, *(kind for kind, _ in own)}
@@ -312,7 +321,7 @@ class Judge:
                 return _Verdict(Decision.DENY, rule, text, _HINT_MASK)
         for schema, name in sorted(self._derived):
             if any(_is(relation, schema, name) for relation in relations):
-                why = _why(", ".join(sorted(exposed)), opaque, definition if _defines(definition) else "")
+                why = _why(", ".join(sorted(exposed)), opaque, definition)
                 if why:
                     rule = hop.masks[0][1]
                     text = (
@@ -333,17 +342,10 @@ def _is(relation: Relation, schema: str, name: str) -> bool:
     return relation.name == name and relation.schema in ("", schema)
 
 
-def _defines(kind: str) -> bool:
-    """Whether this kind, next to a masked relation, changes or uses its definition."""
-    return bool(kind) and kind not in housekeeping.KINDS
-
-
 def _why(column: str, opaque: list[str], definition: str) -> str:
     if column:
         return f"naming `{column}` outside of a plain output column"
-    if opaque:
-        return opaque[0]
-    return definition
+    return opaque[0] if opaque else definition
 
 
 def _column(mask: Mask) -> str:

@@ -9,12 +9,11 @@ ORM.
   calls only safe built-in functions
 
 Not in the class: settings that change what a name or a literal means (`search_path`, `standard_conforming_strings`),
-who acts (`role`, `session_authorization`), or what is checked (`row_security`, `session_replication_role`).
+who acts (`role`, `session_authorization`), or what is checked (`row_security`,
+`session_replication_role`). Those no rule can allow.
 """
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 from proxy.model import Relation, StatementFacts
 from proxy.policy import catalog
@@ -72,6 +71,23 @@ GUARDED_INFORMATION_SCHEMA = frozenset(
 )
 
 
+FIXED_PARAMETERS = frozenset(
+    {
+        *{"search_path", "role", "session_authorization", "standard_conforming_strings", "backslash_quote"},
+        *{"row_security", "session_replication_role", "local_preload_libraries", "session_preload_libraries"},
+        *{"dynamic_library_path", "transaction snapshot"},
+    }
+)
+"""Settings that no rule can allow to change: the policy would judge something else than what is run."""
+
+
+def is_fixed(parameter: str, value: str) -> bool:
+    """Whether setting this is denied whatever the rules say."""
+    return parameter in FIXED_PARAMETERS or (
+        parameter == "client_encoding" and not is_harmless_setting(parameter, value)
+    )
+
+
 def is_harmless_setting(parameter: str, value: str) -> bool:
     """Whether `parameter` may be set to `value` without a rule; an empty value is the default."""
     if parameter in ("client_encoding", "names"):
@@ -106,13 +122,3 @@ def covers(facts: StatementFacts, kind: str, relation: Relation | None) -> bool:
             return facts.parameter not in SECRET_PARAMETERS and "." not in facts.parameter
         case _:
             return False
-
-
-def refused_startup_parameters(parameters: Sequence[tuple[str, str]]) -> list[str]:
-    """Which parameters of a startup message would set what a statement may not. `options` and `replication` always: the
-    first sets anything, the second speaks another protocol."""
-    return [
-        name
-        for name, value in parameters
-        if not name.startswith("_pq_.") and not is_harmless_setting(name.lower(), value)
-    ]
