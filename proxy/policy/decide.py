@@ -313,9 +313,7 @@ class Judge:
         for mask, rule in hop.masks:
             if not any(_is(relation, mask.schema, mask.relation) for relation in relations):
                 continue
-            why = _why(
-                mask.column if mask.column in exposed else "", opaque, definition if _defines(definition) else ""
-            )
+            why = _why(mask.column if mask.column in exposed else "", opaque, definition)
             if why:
                 text = f"agent `{hop.agent}` sees {_column(mask)} masked: {why} is not allowed (rule `{rule}`)"
                 return _Verdict(Decision.DENY, rule, text, _HINT_MASK)
