@@ -6,9 +6,27 @@ from hostagent.cli.options import DEFAULT_CONFIG, Config, settings
 
 
 def cleanup(config: Config = DEFAULT_CONFIG) -> None:
-    """Take the rules, programs and maps off this host: from then on nothing is protected. Stop the service first."""
+    """Take rules, programs and pins off this host: nothing is protected any more. Stop the service first."""
+    import os
+
     given = settings(config)
     from hostagent import kernel
+    from hostagent.control import client
+    from hostagent.errors import OperatorError
+    from hostagent.kernel import cgroups
 
-    for line in kernel.cleanup(given.pin_dir):
-        print(line)
+    if os.geteuid() != 0:
+        raise OperatorError("cleanup has to be done by root")
+    if client.answers(given.control_socket):
+        raise OperatorError("hopgate is running and would put everything back: `systemctl stop hopgate` first")
+    cgroup = given.cgroup or cgroups.mount_point()
+    kernel.cleanup(
+        kernel.KernelSettings(
+            cgroup=cgroup,
+            worker_cgroup=given.worker_cgroup or cgroup,
+            listener_port=given.listen_port,
+            pins=given.pin_dir,
+            run_dir=given.run_dir,
+        )
+    )
+    print("rules, programs and pins are off this host: nothing is protected any more")

@@ -51,6 +51,13 @@ def ask(path: Path, request: messages.Request, wanted: type[_Wanted], timeout_s:
     return answer
 
 
+def answers(path: Path) -> bool:
+    """True when a daemon listens on the path."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.settimeout(ANSWER_TIMEOUT_S)
+        return sock.connect_ex(str(path)) == 0
+
+
 def _unanswered(path: Path) -> str:
     return f"hopgate closed the control socket `{path}` without an answer: see its log"
 

@@ -131,10 +131,8 @@ class Writer:
         """Must return before the operation is released or denied."""
         now_us = self._clock() // 1000
         self._write(b'{"is":"ruled","at_us":%d,"op":%d,%b' % (now_us, op, self._pieces.piece(operation, ruling)))
-        running = self._released_us
-        running[op] = now_us
-        if len(running) > _RUNNING:
-            del running[next(iter(running))]
+        self._released_us[op] = now_us
+        self._released_us.pop(op - _RUNNING, None)
 
     def held(self, op: int, operation: Operation, ruling: Ruling, approval: str) -> None:
         """Must return before a human is asked."""

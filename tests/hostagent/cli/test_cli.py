@@ -208,6 +208,7 @@ def test_a_running_host_agent_is_asked(host: Host) -> None:
         assert re.search(r"policy +v7\n", status.stdout)
         assert re.search(r"targets +orders, shop\n", status.stdout)
         assert json.loads(host.hopgate("status", "--json").stdout)["workers"] == 2
+        assert "hopgate is running" in host.fails("cleanup")
         assert host.fails("reload") == "a.yaml:3: unknown key `rulez`"
         listed = host.hopgate("approvals").stdout
         assert "UPDATE orders SET x = 1" in listed

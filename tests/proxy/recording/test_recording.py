@@ -316,6 +316,15 @@ def test_completed_records_do_not_pile_up(tmp_path: Path) -> None:
     assert verify(path).records > 9000
 
 
+def test_operations_that_never_complete_do_not_pile_up(tmp_path: Path) -> None:
+    writer = begin(tmp_path / "r")
+    statement = operation()
+    for number in range(10_000):
+        writer.ruled(number, statement, ALLOW)
+    assert len(writer._released_us) == 4096
+    writer.close()
+
+
 @settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
 @given(texts=st.lists(st.text(st.characters(codec=None)), min_size=1, max_size=5), seen=st.integers(1, 3))
 def test_any_text_is_recorded_on_one_line(tmp_path: Path, texts: list[str], seen: int) -> None:
