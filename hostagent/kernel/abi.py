@@ -140,7 +140,8 @@ def _packed(address: str) -> tuple[int, bytes]:
 
 
 def connect_key(source: Endpoint, dest: Endpoint, *, local: bool) -> bytes:
-    """`local`: in the listener's own network namespace. Raises `ValueError` for what is no address, and for a pair of two families."""
+    """`local`: in the listener's own network namespace. Raises `ValueError` for what is no address, and for a pair of
+    two families."""
     family, packed = _packed(source.address)
     dest_family, dest_packed = _packed(dest.address)
     if family != dest_family:

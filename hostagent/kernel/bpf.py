@@ -101,8 +101,8 @@ class Map:
         return True
 
     def keys(self) -> Iterator[bytes]:
-        """The keys of a hash map. A key that is deleted meanwhile restarts the walk, so keys may come twice; it is bounded
-        by a multiple of the map's size only if the map comes to rest."""
+        """The keys of a hash map. A key that is deleted meanwhile restarts the walk, so keys may come twice; it is
+        bounded by a multiple of the map's size only if the map comes to rest."""
         following = ctypes.create_string_buffer(self._key_bytes)
         key: bytes | None = None
         while True:

@@ -23,7 +23,8 @@ def mount_point() -> Path:
 
 
 def of_process(tgid: int | str) -> Path:
-    """The directory of the cgroup that a process (or `self`) is in. Raises `KernelError` without cgroup2, else `OSError`."""
+    """The directory of the cgroup that a process (or `self`) is in. Raises `KernelError` without cgroup2, else
+    `OSError`."""
     for line in Path(f"/proc/{tgid}/cgroup").read_text().splitlines():
         if line.startswith("0::"):
             return mount_point() / line[3:].lstrip("/")

@@ -1,10 +1,11 @@
 """Asks conntrack which connection an accepted one was before it was redirected.
 
-conntrack may have to give a redirected connection another source port (the client used one port for two destinations): the peer
-address that the listener sees is then not the one that the client's record is written under, and could even be somebody
-else's. The original tuple is exact. One netlink round trip each.
+conntrack may have to give a redirected connection another source port (the client used one port for two destinations):
+the peer address that the listener sees is then not the one that the client's record is written under, and could even be
+somebody else's. The original tuple is exact. One netlink round trip each.
 
-Source: include/uapi/linux/netfilter/nfnetlink_conntrack.h. Needs CAP_NET_ADMIN in the network namespace in which it was made.
+Source: include/uapi/linux/netfilter/nfnetlink_conntrack.h. Needs CAP_NET_ADMIN in the network namespace in which it was
+made.
 """
 
 from __future__ import annotations
@@ -41,9 +42,9 @@ class Conntrack:
         self._socket.close()
 
     def source(self, peer: Endpoint, dialled: Endpoint) -> tuple[Endpoint, bool] | None:
-        """Where the connection that the listener sees coming from `peer` really came from, and whether from this network
-        namespace itself; None when conntrack knows no such connection to `dialled`. Raises `OSError` when it cannot be
-        asked."""
+        """Where the connection that the listener sees coming from `peer` really came from, and whether from this
+        network namespace itself; None when conntrack knows no such connection to `dialled`. Raises `OSError` when it
+        cannot be asked."""
         # what is redirected in OUTPUT goes to the loopback address, so the tuple of the replies is known
         loopback = "::1" if ":" in peer.address else "127.0.0.1"
         found = self._get(_TUPLE_REPLY, Endpoint(loopback, self._listen_port), peer)

@@ -29,8 +29,8 @@ _SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 
 def start(settings: Settings, scope: Scope) -> Pins:
-    """Sees to it that this build's programs are attached to the cgroup, and that scope and rules are in; opens the pins. Nobody is
-    exempt at first. Raises `KernelError`."""
+    """Sees to it that this build's programs are attached to the cgroup, and that scope and rules are in; opens the
+    pins. Nobody is exempt at first. Raises `KernelError`."""
     state = _state(settings)
     if state != "keep":
         if state == "again":
@@ -48,7 +48,8 @@ def start(settings: Settings, scope: Scope) -> Pins:
 
 
 def apply_scope(settings: Settings, pins: Pins, scope: Scope) -> None:
-    """Sets what is recorded and what is redirected; what is in both scopes stays covered throughout. Raises `KernelError`."""
+    """Sets what is recorded and what is redirected; what is in both scopes stays covered throughout. Raises
+    `KernelError`."""
     pins.set_scope(scope)
     redirect.install(redirect.Rules.of(settings, scope))
 
@@ -59,8 +60,8 @@ def attached(settings: Settings) -> bool:
 
 
 def cleanup(pin_dir: Path) -> list[str]:
-    """Takes off rules, sets, pins and with them every attachment: nothing else, and nothing is left. Says what was taken off.
-    Repeatable. Raises `KernelError`."""
+    """Takes off rules, sets, pins and with them every attachment: nothing else, and nothing is left. Says what was
+    taken off. Repeatable. Raises `KernelError`."""
     removed = redirect.remove()
     if pin_dir.exists():
         removed.append(f"programs, maps and their attachments pinned in {pin_dir}")

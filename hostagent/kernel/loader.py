@@ -1,17 +1,18 @@
-"""Compiles, loads, attaches and pins the kernel programs, seeds the lineage, and exits: `python -m hostagent.kernel.loader`.
+"""Compiles, loads, attaches and pins the kernel programs, seeds the lineage, and exits: `python -m
+hostagent.kernel.loader`.
 
 The only importer of BCC, and a process of its own, because LLVM would otherwise stay resident (about 150 MB). One JSON
-object on standard input says what to do (see `LoadRequest`). On failure one line on standard error says what and where, and what
-was made is taken off again.
+object on standard input says what to do (see `LoadRequest`). On failure one line on standard error says what and where,
+and what was made is taken off again.
 
     pins absent                 load, attach, seed; the build number is written last and marks the set complete
-    same layout, other build    new programs on the same maps; they are attached before the old ones go, so no event is lost
+    same layout, other build    new programs on the same maps; attached before the old ones go, so that no event is lost
 
 The distribution's `bcc` is pure Python over libbpfcc. It is taken by its own path, so that this works under any
 interpreter and nothing else of the distribution's packages gets onto the path; PyPI's `bcc` is something else.
 
-Kernel headers are not needed: BCC is pointed at a tree that consists of the kernel's own BTF, as C, and empty stubs. The tree is
-made in a directory of root's own; BCC would otherwise look in a predictable place that others can write to.
+Kernel headers are not needed: BCC is pointed at a tree that consists of the kernel's own BTF, as C, and empty stubs.
+The tree is made in a directory of root's own; BCC would otherwise look in a predictable place that others can write to.
 """
 
 from __future__ import annotations

@@ -31,8 +31,8 @@ _ONE = abi.U32.pack(1)
 
 
 class ConnectRecord(msgspec.Struct, frozen=True):
-    """Who connected. `node` is the process image; `time_ns` is CLOCK_MONOTONIC of the connect, or of the close when the client has
-    closed since. `netns` and `socket` are the kernel's cookies."""
+    """Who connected. `node` is the process image; `time_ns` is CLOCK_MONOTONIC of the connect, or of the close when the
+    client has closed since. `netns` and `socket` are the kernel's cookies."""
 
     node: int
     tgid: int
@@ -70,7 +70,8 @@ class Pins:
 
     @classmethod
     def open(cls, directory: Path, conntrack: Conntrack | None = None) -> Self:
-        """With `conntrack`, records are looked up by the tuple that the client used, before any rewriting. Raises `KernelError`."""
+        """With `conntrack`, records are looked up by the tuple that the client used, before any rewriting. Raises
+        `KernelError`."""
         maps: dict[str, bpf.Map] = {}
         programs: list[int] = []
         try:
@@ -105,7 +106,8 @@ class Pins:
     # --- records ------------------------------------------------------------------------------------------------------
 
     def take(self, peer: Endpoint, dialled: Endpoint) -> ConnectRecord | Refused:
-        """Takes the record of an accepted connection out of the map, whatever comes of it, so that nobody can claim it again."""
+        """Takes the record of an accepted connection out of the map, whatever comes of it, so that nobody can claim it
+        again."""
         source, local = peer, True
         if self._conntrack is not None and dialled != self._muster:
             try:
@@ -217,7 +219,8 @@ class Pins:
         return frozenset(abi.U64.unpack(key)[0] for key in list(self._exempt.keys()))
 
     def set_scope(self, scope: Scope) -> None:
-        """Connects to these are recorded. New members are in before old ones are out. Raises `KernelError` when they do not fit."""
+        """Connects to these are recorded. New members are in before old ones are out. Raises `KernelError` when they do
+        not fit."""
         members: list[Endpoint | int] = [*scope.ports, *scope.endpoints]
         if scope.muster is not None:
             members.append(scope.muster)
@@ -237,8 +240,8 @@ class Pins:
     # --- health -------------------------------------------------------------------------------------------------------
 
     def counters(self) -> dict[str, int]:
-        """Events since the programs were loaded, by name (`abi.COUNTERS`), and `missed`: events for which the kernel skipped a
-        program."""
+        """Events since the programs were loaded, by name (`abi.COUNTERS`), and `missed`: events for which the kernel
+        skipped a program."""
         found = {}
         for index, name in enumerate(abi.COUNTERS):
             value = self._counters.get(abi.U32.pack(index))
@@ -247,8 +250,8 @@ class Pins:
         return found
 
     def overflowed(self) -> bool:
-        """Whether any process or connection lost its label since the programs were loaded. Those are denied; an alert is due. A
-        missed event is worse, since a missed execve leaves a process with the label of what it ran before."""
+        """Whether any process or connection lost its label since the programs were loaded. Those are denied; an alert
+        is due. A missed event is worse, since a missed execve leaves a process with the label of what it ran before."""
         counters = self.counters()
         return counters["missed"] > 0 or any(counters[name] for name in abi.OVERFLOWS)
 

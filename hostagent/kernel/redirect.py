@@ -8,8 +8,8 @@ Everything is in chains and sets of our own, for IPv4 and IPv6; each family's ru
 the jumps in front. Rules look at SYNs only, so that connections which exist already go on. The workers' own connections
 are exempt if they come from the workers' cgroup *and* carry the mark that only the kernel program gives.
 
-Blind spots: rules that somebody inserts in front of ours, packets that never pass this namespace's IP layer (AF_PACKET). A
-connection from outside to a protected port of this host is redirected too.
+Blind spots: rules that somebody inserts in front of ours, packets that never pass this namespace's IP layer
+(AF_PACKET). A connection from outside to a protected port of this host is redirected too.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ _WAIT_S = "5"
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What is redirected and who is exempt. `worker_cgroup` is a path from the cgroup2 mount, and has to exist: the kernel
-    resolves it when the rule is installed."""
+    """What is redirected and who is exempt. `worker_cgroup` is a path from the cgroup2 mount, and has to exist: the
+    kernel resolves it when the rule is installed."""
 
     listen_port: int
     worker_cgroup: str

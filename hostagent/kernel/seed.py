@@ -1,13 +1,13 @@
 """Gives the processes that are older than the kernel programs their place in the lineage.
 
-Runs once, after the programs are attached, so that whatever starts from then on is either seen by them or found here. The task
-iterator lists the processes with their labels, global ids and executables; /proc adds the argument vector. Parents go before
-children, every insert is create-only, and it is repeated until nothing changes. A process that was seen to run something
-else than what it was labelled with had called execve in between, and is labelled again.
+Runs once, after the programs are attached, so that whatever starts from then on is either seen by them or found here.
+The task iterator lists the processes with their labels, global ids and executables; /proc adds the argument vector.
+Parents go before children, every insert is create-only, and it is repeated until nothing changes. A process that was
+seen to run something else than what it was labelled with had called execve in between, and is labelled again.
 
-Blind spots: what happened before is known only as far as the kernel still shows it. A process whose parent had died then
-belongs to whoever adopted it, and images that an old process ran before its last exec are lost: start the daemon early.
-Their argument vector is what /proc shows, which a process can rewrite. Seeded images are never released.
+Blind spots: what happened before is known only as far as the kernel still shows it. A process whose parent had died
+then belongs to whoever adopted it, and images that an old process ran before its last exec are lost: start the daemon
+early. Their argument vector is what /proc shows, which a process can rewrite. Seeded images are never released.
 """
 
 from __future__ import annotations

@@ -55,8 +55,8 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Connects to what is recorded: `ports` at any address and the targets' `endpoints` are redirected too; `muster` is where the
-    workers connect to, directly, to show which image they are."""
+    """Connects to what is recorded: `ports` at any address and the targets' `endpoints` are redirected too; `muster` is
+    where the workers connect to, directly, to show which image they are."""
 
     ports: tuple[int, ...] = ()
     endpoints: tuple[Endpoint, ...] = ()

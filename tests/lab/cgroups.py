@@ -19,7 +19,8 @@ _GONE_TIMEOUT_S = 10.0
 
 @contextmanager
 def cgroup(name: str) -> Iterator[Path]:
-    """A new cgroup with `name` in its own; at the end its processes are killed, and it goes with everything below it."""
+    """A new cgroup with `name` in its own; at the end its processes are killed, and it goes with everything below
+    it."""
     directory = mount_point() / f"hopgate-{name}-{uuid.uuid4().hex[:8]}"
     directory.mkdir()
     try:
@@ -52,11 +53,12 @@ def _kill(tgid: int) -> None:
 
 
 def inside(argv: Sequence[str], *, cgroup: Path | None = None, netns: str | None = None) -> list[str]:
-    """The command, in a cgroup and a network namespace from before its execve on. There are then two images above it: `sh`, and
-    `ip` when `netns` is given."""
+    """The command, in a cgroup and a network namespace from before its execve on. There are then two images above it:
+    `sh`, and `nsenter` when `netns` is given."""
     command = [*argv]
     if netns is not None:
-        command = ["ip", "netns", "exec", netns, *command]
+        # not `ip netns exec`: it hides cgroup2 and bpffs behind a /sys of its own
+        command = ["nsenter", f"--net=/run/netns/{netns}", *command]
     if cgroup is not None:
         join = 'echo 0 >"$0/cgroup.procs" && exec "$@"'
         command = ["/bin/sh", "-c", join, str(cgroup), *command]

@@ -33,8 +33,8 @@ def namespace(*addresses: str) -> Iterator[str]:
 
 @contextmanager
 def linked_namespaces(left: str | Sequence[str], right: str | Sequence[str]) -> Iterator[tuple[str, str]]:
-    """The names of two namespaces with a wire between them. `left` and `right` are the addresses of the two ends, with or without
-    a prefix length (then /24, or /64)."""
+    """The names of two namespaces with a wire between them. `left` and `right` are the addresses of the two ends, with
+    or without a prefix length (then /24, or /64)."""
     with namespace() as one, namespace() as other:
         ip("link", "add", "wire", "netns", one, "type", "veth", "peer", "name", "wire", "netns", other)
         for name, addresses in ((one, left), (other, right)):

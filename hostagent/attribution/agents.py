@@ -1,0 +1,224 @@
+"""Matches process images to the policy's agents.
+
+The executable is compared as the file it is (device and inode, as the kernel names them), never by a path that a
+process chose. A file that others could have put there or written makes nobody an agent; that is logged.
+
+Where a condition cannot be told (argument vector longer than the kernel keeps, cgroup gone, file changed after the
+process started), the image is not quietly "no agent", which would give it what its parent may do: `Undecidable` is
+raised.
+
+If several agents match one image, all of them count, in the order of their names: the policy meets over all hops.
+
+Blind spots: uid and cgroup are those at execve. An agent whose file was replaced while it runs is no longer recognised.
+For a script the executable is its interpreter; the script is in the arguments, which whoever starts the process
+chooses.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fnmatch
+import hashlib
+import mmap
+import os
+import re
+import stat
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import structlog
+
+from proxy.model import ProcessImage
+from proxy.policy.document import Agent
+
+log = structlog.get_logger()
+
+RECHECK_S = 1.0
+"""How long the identity of an executable is believed without looking at the file again."""
+
+_WILDCARD = re.compile(r"[*?\[]")
+_CHUNK_BYTES = 1 << 20
+
+
+class Undecidable(Exception):
+    """Whether an image is an agent cannot be told. The message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    """The file at an agent's path. `names` are all (device, inode) that mean it; empty when it makes nobody an
+    agent."""
+
+    names: frozenset[tuple[int, int]]
+    changed_ns: int
+    """CLOCK_REALTIME of the latest change, for files that somebody else than root could change; 0 for root's own."""
+
+
+_NOBODY = _File(frozenset(), 0)
+
+
+@dataclass(slots=True)
+class _Executable:
+    """Keeps the file of one agent: held open, so that its inode cannot come to mean another file."""
+
+    agent: Agent
+    fd: int = -1
+    status: os.stat_result | None = None
+    sha256: str = ""
+    file: _File = field(default_factory=lambda: _NOBODY)
+    checked_s: float = float("-inf")
+    complaint: str = ""
+
+    def release(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+        self.fd, self.status = -1, None
+
+
+class AgentMatcher:
+    """The agents of one policy version."""
+
+    def __init__(self, agents: Iterable[Agent]) -> None:
+        self._executables = [_Executable(agent) for agent in sorted(agents, key=lambda agent: agent.name)]
+
+    def match(self, image: ProcessImage) -> tuple[str, ...]:
+        """Names of the agents that the image is, sorted; raises `Undecidable`."""
+        return tuple(executable.agent.name for executable in self._executables if self._is(executable, image))
+
+    def close(self) -> None:
+        for executable in self._executables:
+            executable.release()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _is(self, executable: _Executable, image: ProcessImage) -> bool:
+        agent = executable.agent
+        if agent.uid is not None and agent.uid != image.uid:
+            return False
+        file = _current(executable)
+        if (image.device, image.inode) not in file.names:
+            return False
+        cgroup = not agent.cgroup or bool(image.cgroup and fnmatch.fnmatchcase(image.cgroup, agent.cgroup))
+        if not cgroup and image.cgroup:
+            return False
+        argv = not agent.argv or _argv_matches(agent.argv, image)
+        if argv is False:
+            return False
+        if not cgroup:
+            raise Undecidable(f"the cgroup of process `{image.tgid}` is gone; agent `{agent.name}` is told by it")
+        if argv is None:
+            raise Undecidable(
+                f"the arguments of process `{image.tgid}` are longer than what the kernel keeps; agent `{agent.name}` "
+                "is told by them"
+            )
+        if file.changed_ns and file.changed_ns > _wall_ns(image.start_ns):
+            raise Undecidable(f"`{agent.exe}` of agent `{agent.name}` was changed after process `{image.tgid}` started")
+        return True
+
+
+def _argv_matches(pattern: str, image: ProcessImage) -> bool | None:
+    """None when it cannot be told from the head of the arguments."""
+    text = " ".join(image.argv)
+    if not image.argv_truncated:
+        return fnmatch.fnmatchcase(text, pattern)
+    wildcard = _WILDCARD.search(pattern)
+    literal = pattern[: wildcard.start()] if wildcard else pattern
+    if not text.startswith(literal[: len(text)]):
+        return False
+    # what follows an asterisk at the end cannot undo a match
+    return True if pattern.endswith("*") and fnmatch.fnmatchcase(text, pattern) else None
+
+
+def _wall_ns(monotonic_ns: int) -> int:
+    return time.time_ns() - (time.monotonic_ns() - monotonic_ns)
+
+
+# --- the file ---------------------------------------------------------------------------------------------------------
+
+
+class _Untrusted(Exception):
+    pass
+
+
+def _current(executable: _Executable) -> _File:
+    now_s = time.monotonic()
+    if now_s - executable.checked_s < RECHECK_S:
+        return executable.file
+    executable.checked_s = now_s
+    try:
+        executable.file = _look(executable)
+        complaint = ""
+    except (OSError, _Untrusted) as error:
+        executable.file = _NOBODY
+        complaint = str(error)
+    if complaint and complaint != executable.complaint:
+        log.warning(
+            "executable makes nobody an agent", agent=executable.agent.name, exe=executable.agent.exe, why=complaint
+        )
+    executable.complaint = complaint
+    return executable.file
+
+
+def _look(executable: _Executable) -> _File:
+    """Raises `OSError`, `_Untrusted`."""
+    agent = executable.agent
+    status = os.stat(agent.exe)
+    if not stat.S_ISREG(status.st_mode) or not status.st_size:
+        raise _Untrusted("is no regular file, or is empty")
+    if executable.status is None or _state(status) != _state(executable.status):
+        executable.release()
+        executable.fd = os.open(agent.exe, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        executable.status = status = os.fstat(executable.fd)
+        executable.sha256 = _sha256(executable.fd) if agent.sha256 else ""
+    if status.st_mode & 0o022:
+        raise _Untrusted("can be written by group or others")
+    if executable.sha256 != agent.sha256.lower():
+        raise _Untrusted(f"has the sha256 `{executable.sha256}`, not that of the policy")
+    roots_own = status.st_uid == 0 and all(map(_only_root_puts_files_into, Path(os.path.realpath(agent.exe)).parents))
+    if not roots_own and not agent.sha256:
+        raise _Untrusted("others than root can replace it, and the policy gives no sha256")
+    names = frozenset({(status.st_dev, status.st_ino), _mapped(executable.fd)})
+    return _File(names, 0 if roots_own else status.st_ctime_ns)
+
+
+def _state(status: os.stat_result) -> tuple[int, ...]:
+    return (
+        status.st_dev,
+        status.st_ino,
+        status.st_mode,
+        status.st_uid,
+        status.st_size,
+        status.st_mtime_ns,
+        status.st_ctime_ns,
+    )
+
+
+def _only_root_puts_files_into(directory: Path) -> bool:
+    status = directory.stat()
+    # in a sticky directory nobody can replace what is root's
+    return status.st_uid == 0 and (not status.st_mode & 0o022 or bool(status.st_mode & stat.S_ISVTX))
+
+
+def _sha256(fd: int) -> str:
+    digest = hashlib.sha256()
+    offset = 0
+    while chunk := os.pread(fd, _CHUNK_BYTES, offset):
+        digest.update(chunk)
+        offset += len(chunk)
+    return digest.hexdigest()
+
+
+def _mapped(fd: int) -> tuple[int, int]:
+    """Device and inode as the kernel itself names the file: on btrfs and overlayfs `stat` says something else."""
+    with mmap.mmap(fd, mmap.PAGESIZE, access=mmap.ACCESS_COPY) as mapped:
+        start = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
+        for line in Path("/proc/self/maps").read_text().splitlines():
+            addresses, _mode, _offset, device, inode = line.split(maxsplit=5)[:5]
+            low, high = (int(part, 16) for part in addresses.split("-"))
+            if low <= start < high:
+                major, minor = (int(part, 16) for part in device.split(":"))
+                return os.makedev(major, minor), int(inode)
+    raise _Untrusted("cannot be mapped")
