@@ -13,20 +13,11 @@ def cleanup(config: Config = DEFAULT_CONFIG) -> None:
     from hostagent import kernel
     from hostagent.control import client
     from hostagent.errors import OperatorError
-    from hostagent.kernel import cgroups
 
     if os.geteuid() != 0:
         raise OperatorError("cleanup has to be done by root")
     if client.answers(given.control_socket):
         raise OperatorError("hopgate is running and would put everything back: `systemctl stop hopgate` first")
-    cgroup = given.cgroup or cgroups.mount_point()
-    kernel.cleanup(
-        kernel.KernelSettings(
-            cgroup=cgroup,
-            worker_cgroup=given.worker_cgroup or cgroup,
-            listener_port=given.listen_port,
-            pins=given.pin_dir,
-            run_dir=given.run_dir,
-        )
-    )
-    print("rules, programs and pins are off this host: nothing is protected any more")
+    for removed in kernel.cleanup(given.pin_dir):
+        print(f"removed {removed}")
+    print("nothing is protected any more")
