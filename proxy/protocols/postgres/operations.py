@@ -8,12 +8,15 @@ Blind spot: a text that is not in one of the supported client encodings is not u
 
 from __future__ import annotations
 
-import enum
+import json
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from pglast.parser import parse_sql_json
 
 from proxy.model import Operation, OperationKind, Phase
 from proxy.protocols.postgres.classify import Unclassified, classify
+from proxy.protocols.postgres.messages import MAX_NAME
 from proxy.protocols.postgres.redaction import recordable
 
 PROTOCOL = "postgresql"
@@ -24,22 +27,18 @@ MAX_REMEMBERED_BYTES = 4 * 1024 * 1024
 MAX_REMEMBERED_TEXT = 64 * 1024
 """Bytes of a text that is worth remembering."""
 
-LEXER_SETTINGS = frozenset({"client_encoding", "names", "standard_conforming_strings"})
+LEXER_SETTINGS = frozenset({"client_encoding", "standard_conforming_strings"})
 """Settings that change how the server reads the bytes of the next statement."""
 
 
-class Trait(enum.IntFlag):
-    """What the machine itself has to know of an operation."""
-
-    NONE = 0
-    CHANGES_LEXER = 1
-    EXECUTES_PREPARED = 2
-    DEALLOCATES = 4
-
-
 class Described(NamedTuple):
+    """An operation, and what the machine itself has to know of it: whether it changes how the server reads text, which
+    prepared statements it executes by SQL, and which it deallocates (only where that is all it does)."""
+
     operation: Operation
-    traits: Trait
+    changes_lexer: bool = False
+    executes: frozenset[bytes] = frozenset()
+    deallocates: bytes = b""
 
 
 _PHASES = {
@@ -89,21 +88,34 @@ def describe(kind: OperationKind, text: bytes, codec: str) -> Described:
         statements = classify(decoded)
     except Unclassified as reason:
         return unclassified(kind, decoded, str(reason))
-    traits = Trait.NONE
-    for facts in statements:
-        if facts.kind == "execute":
-            traits |= Trait.EXECUTES_PREPARED
-        elif facts.kind == "deallocate":
-            traits |= Trait.DEALLOCATES
-        if facts.parameter.lower() in LEXER_SETTINGS or any(name.endswith("set_config") for name in facts.functions):
-            traits |= Trait.CHANGES_LEXER
+    operation = Operation(PROTOCOL, kind, _PHASES[kind], decoded, recordable(decoded), statements)
+    parts = [part for facts in statements for part in facts.parts]
+    kinds = {part.kind for part in parts}
     return Described(
-        Operation(PROTOCOL, kind, _PHASES[kind], decoded, recordable(decoded), statements), traits
+        operation,
+        any(part.parameter in LEXER_SETTINGS or "set_config" in part.functions for part in parts),
+        _names("ExecuteStmt", decoded) if "execute" in kinds else frozenset(),
+        next(iter(_names("DeallocateStmt", decoded)), b"") if kinds == {"deallocate"} and len(parts) == 1 else b"",
     )
 
 
+def _names(tag: str, text: str) -> frozenset[bytes]:
+    """The names in all statements of one kind, as the server cuts them."""
+    found: set[bytes] = set()
+    trees: list[Any] = [json.loads(parse_sql_json(text))]
+    while trees:
+        match trees.pop():
+            case dict() as tree:
+                if isinstance(statement := tree.get(tag), dict):
+                    found.add(str(statement.get("name", "")).encode()[:MAX_NAME])
+                trees.extend(tree.values())
+            case list() as several:
+                trees.extend(several)
+    return frozenset(found)
+
+
 def unclassified(kind: OperationKind, text: str, reason: str) -> Described:
-    return Described(Operation(PROTOCOL, kind, _PHASES[kind], text, recordable(text), (), reason), Trait.NONE)
+    return Described(Operation(PROTOCOL, kind, _PHASES[kind], text, recordable(text), (), reason))
 
 
 def refuse(described: Described, reason: str) -> Described:

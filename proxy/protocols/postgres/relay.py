@@ -44,7 +44,7 @@ from proxy.protocols.base import AskRuling, Buffer, Close, Command, Completed, P
 from proxy.protocols.postgres import messages, operations
 from proxy.protocols.postgres.columns import NOTHING, Catalog, CatalogChanged, Plan, mask_row
 from proxy.protocols.postgres.messages import MAX_CONTROL, MAX_FRAME, MAX_NAME, MAX_PENDING, MAX_STATEMENT, Malformed
-from proxy.protocols.postgres.operations import Described, Trait
+from proxy.protocols.postgres.operations import Described
 from proxy.protocols.postgres.startup import encoding_codec
 
 QUERY: Final = 0
@@ -90,7 +90,7 @@ class Expected(msgspec.Struct):
     name: bytes = b""
     statement: Statement | None = None
     portal: Portal | None = None
-    deallocates: bytes | None = None
+    deallocates: bytes = b""
     tag: str = ""
     error: str = ""
     plan: Plan | None = None
@@ -104,13 +104,6 @@ class _Unshowable(Exception):
         super().__init__(message)
         self.code = code
         self.hint = hint
-
-
-def _deallocated_name(described: Described) -> bytes | None:
-    """The name that a statement takes away, where it is certain: a DEALLOCATE that stands alone."""
-    if not described.traits & Trait.DEALLOCATES or len(described.operation.statements) != 1:
-        return None
-    return described.operation.statements[0].parameter.encode()[:MAX_NAME] or None
 
 
 class Relay:
@@ -134,7 +127,7 @@ class Relay:
         self._discarding = False
         self._last_ask = 0
         self._asked: AskRuling | None = None
-        self._asked_traits = Trait.NONE
+        self._asked_changes_lexer = False
         self._asked_stop = 0
         self._asked_entry = Expected(QUERY)
         self._awaits_columns = False
@@ -214,7 +207,7 @@ class Relay:
             if entry.kind == EXECUTE and self._catalog is not None:
                 out.append(Send(Side.SERVER, messages.describe(b"P", entry.name)))
                 self._queue.append(Expected(DESCRIBE_PORTAL, hidden=True, portal=entry.portal))
-            if self._asked_traits & Trait.CHANGES_LEXER and entry.kind != PARSE:
+            if self._asked_changes_lexer and entry.kind != PARSE:
                 self._unsettled = True
                 self._plain = False
             self._expect(entry)
@@ -472,14 +465,14 @@ class Relay:
             if data.find(0, start, stop) != stop - 1:
                 raise PeerViolation("a Query's text does not end with the message", Side.CLIENT)
             described = self._described(OperationKind.QUERY, operations.QUERIES, data[start : stop - 1])
-            entry = Expected(QUERY, deallocates=_deallocated_name(described))
+            entry = Expected(QUERY, deallocates=described.deallocates)
         elif kind == 0x45:
             name = self._name(data, start, stop)
             if len(name) > MAX_NAME or not name.isascii():
                 return self._bad_name(out)
             portal = self._expected_portals.get(name)
             described = self._execution(name, portal)
-            entry = Expected(EXECUTE, name=name, portal=portal, deallocates=_deallocated_name(described))
+            entry = Expected(EXECUTE, name=name, portal=portal, deallocates=described.deallocates)
         elif kind == 0x50:
             name = self._name(data, start, stop)
             if len(name) > MAX_NAME or not name.isascii():
@@ -505,13 +498,13 @@ class Relay:
         return self._pose(out, described, entry, stop)
 
     def _pose(self, out: list[Command], described: Described, entry: Expected, stop: int) -> list[Command]:
-        if described.traits & Trait.EXECUTES_PREPARED:
+        if described.executes:
             described = self._check_prepared(described)
         self._last_ask += 1
         entry.ask = self._last_ask
         ask = AskRuling(self._last_ask, described.operation)
         self._asked = ask
-        self._asked_traits = described.traits
+        self._asked_changes_lexer = described.changes_lexer
         self._asked_stop = stop
         self._asked_entry = entry
         out.append(ask)
@@ -545,13 +538,12 @@ class Relay:
 
     def _check_prepared(self, described: Described) -> Described:
         """A SQL-level EXECUTE of what a Parse prepared would pass by the ruling that its Execute message gets."""
-        for facts in described.operation.statements:
-            if facts.kind == "execute":
-                name = facts.parameter.encode()[:MAX_NAME]
-                if name in self._statements or any(e.kind == PARSE and e.name == name for e in self._queue):
-                    return operations.refuse(
-                        described, f"`{facts.parameter}` was prepared by the protocol, so only the protocol may execute it"
-                    )
+        for name in described.executes:
+            if name in self._statements or any(entry.kind == PARSE and entry.name == name for entry in self._queue):
+                shown = name.decode("utf-8", "replace")
+                return operations.refuse(
+                    described, f"`{shown}` was prepared by the protocol, so only the protocol may execute it"
+                )
         return described
 
     def _may_bind(
@@ -826,7 +818,7 @@ class Relay:
         if tag in ("DEALLOCATE ALL", "DISCARD ALL"):
             self._statements = {}
             self._expect_anew()
-        elif head.deallocates is not None and tag == "DEALLOCATE":
+        elif head.deallocates and tag == "DEALLOCATE":
             self._statements.pop(head.deallocates, None)
             self._expect_anew()
 
