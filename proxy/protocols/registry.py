@@ -1,5 +1,5 @@
-"""Finds the protocols: every folder beside this file is one, with `PROTOCOL` (its name), `DEFAULT_PORTS` and `Machine` (its
-`MachineFactory`). Adding a protocol touches its folder and nothing here.
+"""Finds the protocols: every folder beside this file is one, with `PROTOCOL` (its name), `DEFAULT_PORTS` and
+`Machine` (its `MachineFactory`). Adding a protocol touches its folder and nothing here.
 """
 
 from __future__ import annotations

@@ -1,11 +1,12 @@
-"""A PostgreSQL server of Debian's own, for tests, the demo and the benches: a cluster made for one use, and gone after it.
+"""A PostgreSQL server of Debian's own, for tests, the demo and the benches: a cluster made for one use, and gone
+after it.
 
     with postgres(auth="scram-sha-256") as server:
         server.run_sql("CREATE TABLE t (a int)")
 
-States: files made -> initdb -> started -> ready -> stopped and removed. Everything lies in a temporary directory that belongs
-to the `postgres` user, since the server refuses to be root. It listens on the given address only, never on a Unix socket
-outside its directory.
+States: files made -> initdb -> started -> ready -> stopped and removed. Everything lies in a temporary directory
+that belongs to the `postgres` user, since the server refuses to be root. It listens on the given address only,
+never on a Unix socket outside its directory.
 
 Blind spot: with `namespace` the address has to exist there already.
 """
@@ -77,7 +78,9 @@ def make_authority(common: str) -> Authority:
     return Authority(key, certificate)
 
 
-def issue(authority: Authority, name: str, addresses: tuple[str, ...] = (), *, expired: bool = False) -> tuple[bytes, bytes]:
+def issue(
+    authority: Authority, name: str, addresses: tuple[str, ...] = (), *, expired: bool = False
+) -> tuple[bytes, bytes]:
     """A server certificate and its key, both PEM. An expired one ended yesterday."""
     key = ec.generate_private_key(ec.SECP256R1())
     now = datetime.datetime.now(datetime.UTC)
@@ -109,8 +112,8 @@ def issue(authority: Authority, name: str, addresses: tuple[str, ...] = (), *, e
 
 @dataclass(frozen=True)
 class PostgresServer:
-    """A server that is up. `ca_path` is the root of its certificate, `other_ca_path` one that did not sign it; both exist
-    also without TLS. `superuser` comes in with `superuser_password` over the network, like everybody."""
+    """A server that is up. `ca_path` is the root of its certificate, `other_ca_path` one that did not sign it; both
+    exist also without TLS. `superuser` comes in with `superuser_password` over the network, like everybody."""
 
     host: str
     port: int
@@ -125,8 +128,8 @@ class PostgresServer:
     namespace: str | None
 
     def run_sql(self, sql: str, database: str = "postgres") -> str:
-        """Runs statements as the superuser, each in a transaction of its own, over the server's own socket; the rows come
-        back unaligned. Raises `LabError`."""
+        """Runs statements as the superuser, each in a transaction of its own, over the server's own socket; the
+        rows come back unaligned. Raises `LabError`."""
         done = subprocess.run(
             [
                 self.binaries / "psql",
@@ -188,10 +191,12 @@ def postgres(
     namespace: str | None = None,
     settings: Mapping[str, str] | None = None,
 ) -> Iterator[PostgresServer]:
-    """Starts a server on `address` and `port` (0: a free one, or 5432 in a `namespace`, a network namespace's name) and ends it.
+    """Starts a server on `address` and `port` (0: a free one, or 5432 in a `namespace`, a network namespace's name)
+    and ends it.
 
-    `auth` is pg_hba's method for the network (`scram-sha-256`, `md5`, `password`, `trust`, …). With `tls` the server offers TLS;
-    that it insists is for `set_auth` (`hostssl`). `expired` gives it a certificate that ended yesterday. Raises `LabError`.
+    `auth` is pg_hba's method for the network (`scram-sha-256`, `md5`, `password`, `trust`, …). With `tls` the
+    server offers TLS; that it insists is for `set_auth` (`hostssl`). `expired` gives it a certificate that ended
+    yesterday. Raises `LabError`.
     """
     binaries = find_binaries()
     account = pwd.getpwnam("postgres")
@@ -283,7 +288,12 @@ def _as_account(account: pwd.struct_passwd, command: list[str | Path]) -> list[s
 
 def _run_as(account: pwd.struct_passwd, command: list[str | Path], directory: Path) -> None:
     done = subprocess.run(
-        _as_account(account, command), capture_output=True, text=True, timeout=START_TIMEOUT_S, cwd=directory, check=False
+        _as_account(account, command),
+        capture_output=True,
+        text=True,
+        timeout=START_TIMEOUT_S,
+        cwd=directory,
+        check=False,
     )
     if done.returncode:
         raise LabError(f"`{Path(command[0]).name}`: {done.stderr.strip() or done.stdout.strip()}")

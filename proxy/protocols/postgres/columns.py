@@ -1,14 +1,14 @@
 """Which result columns show masked values: what the server's catalog says, held against every RowDescription.
 
-The catalog is read once, at login: masked columns as (table OID, attribute number); relations derived from masked ones
-(views, materialised views, rules, partitions and inheritance in both directions), all of whose columns are masked; and every
-relation that exists, with its number of attributes. A column of a relation or attribute that was not there yet ends the
-session: what cannot be traced is not shown.
+The catalog is read once, at login: masked columns as (table OID, attribute number); relations derived from masked
+ones (views, materialised views, rules, partitions and inheritance in both directions), all of whose columns are
+masked; and every relation that exists, with its number of attributes. A column of a relation or attribute that was
+not there yet ends the session: what cannot be traced is not shown.
 
-Blind spots: a column that the server computes has no table OID and passes here: the policy judges expressions from the
-statement. A view that is replaced, or a table attached to a masked one, while the session runs keeps its OID and is
-seen as it was at login. Functions are not looked into. Relations below `FIRST_NORMAL_OID` belong to the server and are
-masked only by name.
+Blind spots: a column that the server computes has no table OID and passes here: the policy judges expressions from
+the statement. A view that is replaced, or a table attached to a masked one, while the session runs keeps its OID
+and is seen as it was at login. Functions are not looked into. Relations below `FIRST_NORMAL_OID` belong to the
+server and are masked only by name.
 """
 
 from __future__ import annotations
@@ -38,8 +38,9 @@ class CatalogUnreadable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to do with the rows of one RowDescription: which values, by index, go through which function (None: they become
-    NULL). `columns` are their names as the result calls them, and `binary` those that come in binary format."""
+    """What to do with the rows of one RowDescription: which values, by index, go through which function (None: they
+    become NULL). `columns` are their names as the result calls them, and `binary` those that come in binary
+    format."""
 
     count: int
     masks: tuple[tuple[int, Masker | None], ...]
@@ -62,10 +63,11 @@ def _hex(name: str) -> str:
 
 
 def catalog_query(masks: Sequence[ColumnMask]) -> bytes:
-    """The Query whose last result `read_catalog` understands. It runs in one snapshot, with nothing but the server's own
-    catalog on its search path, and leaves no setting behind."""
+    """The Query whose rows `CatalogReader` takes. It runs in one snapshot, with nothing but the
+    server's own catalog on its search path, and leaves no setting behind."""
     wanted = ", ".join(
-        f"({index}, {_hex(mask.schema)}, {_hex(mask.relation)}, {_hex(mask.column)})" for index, mask in enumerate(masks)
+        f"({index}, {_hex(mask.schema)}, {_hex(mask.relation)}, {_hex(mask.column)})"
+        for index, mask in enumerate(masks)
     )
     return query(
         "SELECT pg_catalog.set_config('search_path', 'pg_catalog, pg_temp', true);"

@@ -1,8 +1,8 @@
 """The gateway's own login at the server: one authentication exchange, as the client of it.
 
-States: created -> (SASL: first sent -> final sent -> verified) -> accepted. Cleartext and md5 have one step. A server that
-asks for nothing is let be, as libpq does; one that breaks a SCRAM exchange off with AuthenticationOk is not, because then
-it has not shown that it knows the password.
+States: created -> (SASL: first sent -> final sent -> verified) -> accepted. Cleartext and md5 have one step. A
+server that asks for nothing is let be, as libpq does; one that breaks a SCRAM exchange off with AuthenticationOk is
+not, because then it has not shown that it knows the password.
 
 Source: PostgreSQL manual, "SASL Authentication"; RFC 5802, RFC 7677, RFC 5929 section 4.
 
@@ -21,7 +21,8 @@ from proxy.protocols.base import Login, PeerViolation, Side
 from proxy.protocols.postgres.messages import cstring, frame
 
 MAX_ITERATIONS = 1_000_000
-"""SCRAM iterations that a server may ask for: about half a second of this worker's time. PostgreSQL's default is 4,096."""
+"""SCRAM iterations that a server may ask for: about half a second of this worker's time. PostgreSQL's default is
+4,096."""
 
 _NAMES = {2: "Kerberos V5", 6: "SCM credentials", 7: "GSSAPI", 8: "GSSAPI", 9: "SSPI"}
 
@@ -85,7 +86,7 @@ class ServerLogin:
         try:
             return cstring(self._login.password.encode())
         except ValueError:
-            raise LoginRefused("the stored password cannot be sent: it has a NUL or a character without UTF-8") from None
+            raise LoginRefused("the stored password cannot be sent: it has a NUL, or is not UTF-8") from None
 
     def _md5(self, salt: bytes) -> bytes:
         secret = self._password()[:-1]
@@ -114,7 +115,7 @@ class ServerLogin:
         assert self._scram is not None
         iterations = re.search(rb",i=([0-9]{1,10})(?:,|$)", body)
         if iterations is None or int(iterations[1]) > MAX_ITERATIONS:
-            raise PeerViolation(f"the server's SCRAM iteration count is missing or exceeds `{MAX_ITERATIONS}`", Side.SERVER)
+            raise PeerViolation(f"the server's SCRAM iterations are missing or exceed `{MAX_ITERATIONS}`", Side.SERVER)
         try:
             self._scram.set_server_first(body.decode("ascii"))
             return frame(b"p", self._scram.get_client_final().encode())

@@ -1,4 +1,5 @@
-"""One PostgreSQL session, protocol 3.0, both sides: from the first byte to the first ReadyForQuery here, then in `relay`.
+"""One PostgreSQL session, protocol 3.0, both sides: from the first byte to the first ReadyForQuery here, then in
+`relay`.
 
     state        what is awaited                          goes on to
     STARTUP      a start-up packet of the client          SECURING   SSLRequest, when TLS is offered: S
@@ -16,12 +17,13 @@
     RELAYING     `relay`
     CLOSED       nothing
 
-The client is not asked for a password. It gets AuthenticationOk, the server's parameters, a key of the gateway's and
-ReadyForQuery in one piece, once all of that is known. With `refusal` the machine goes no further than the StartupMessage
-and asks nothing.
+The client is not asked for a password. It gets AuthenticationOk, the server's parameters, a key of the gateway's
+and ReadyForQuery in one piece, once all of that is known. With `refusal` the machine goes no further than the
+StartupMessage and asks nothing.
 
-Blind spots: a client that starts with a TLS handshake (`sslnegotiation=direct`) is closed without a word, since plain words
-are not what it reads. GSSAPI encryption is never offered. A server that speaks anything but 3.0 is a violation.
+Blind spots: a client that starts with a TLS handshake (`sslnegotiation=direct`) is closed without a word, since
+plain words are not what it reads. GSSAPI encryption is never offered. A server that speaks anything but 3.0 is a
+violation.
 """
 
 from __future__ import annotations

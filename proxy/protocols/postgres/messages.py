@@ -1,7 +1,7 @@
 """PostgreSQL messages, protocol 3.0: the bounds, the builders, and readers for the few messages that are looked into.
 
-Source: PostgreSQL manual, "Frontend/Backend Protocol", "Message Formats". A message is one type byte, a length that counts
-itself and not the type, and a body; only the start-up packets have no type byte.
+Source: PostgreSQL manual, "Frontend/Backend Protocol", "Message Formats". A message is one type byte, a length that
+counts itself and not the type, and a body; only the start-up packets have no type byte.
 
 Blind spot: bodies that nobody needs to look into are never checked here; the server checks its own input.
 """
@@ -35,8 +35,8 @@ MAX_LOGIN = 256 * 1024
 MAX_CATALOG = 16 * 1024 * 1024
 """Bytes of the server's answer to the catalog query: about a million relations."""
 MAX_PENDING = 16_384
-"""Messages passed on and not yet replied to. More than a server can leave unsent: its output buffer is 8 KiB, the shortest
-reply 5 bytes, so it always makes progress."""
+"""Messages passed on and not yet replied to. More than a server can leave unsent: its output buffer is 8 KiB, the
+shortest reply 5 bytes, so it always makes progress."""
 MAX_PREPARED = 8_192
 """Prepared statements of one session, and portals of one transaction."""
 MAX_PREPARED_BYTES = 64 * 1024 * 1024

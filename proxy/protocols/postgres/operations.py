@@ -1,9 +1,10 @@
 """Statements as operations: one `Operation` for each distinct text, shared by all sessions of the process.
 
-Statements that repeat cost one dictionary look-up on their exact bytes. The memory is two generations: a text that is used
-moves into the young one; when that is full it becomes the old one, and what was not used meanwhile is gone.
+Statements that repeat cost one dictionary look-up on their exact bytes. The memory is two generations: a text that
+is used moves into the young one; when that is full it becomes the old one, and what was not used meanwhile is gone.
 
-Blind spot: a text that is not in one of the supported client encodings is not understood, and so unclassified.
+Blind spot: the settings by which a server reads text are followed by what statements say and the server reports; a
+function that changes them is seen only when the server reports it.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from proxy.model import Operation, OperationKind, Phase
 from proxy.protocols.postgres.classify import Unclassified, classify
 from proxy.protocols.postgres.messages import MAX_NAME
 from proxy.protocols.postgres.redaction import recordable
+from proxy.protocols.postgres.startup import encoding_codec
 
 PROTOCOL = "postgresql"
 MAX_REMEMBERED = 4_096
@@ -32,8 +34,8 @@ LEXER_SETTINGS = frozenset({"client_encoding", "standard_conforming_strings"})
 
 
 class Described(NamedTuple):
-    """An operation, and what the machine itself has to know of it: whether it changes how the server reads text, which
-    prepared statements it executes by SQL, and which it deallocates (only where that is all it does)."""
+    """An operation, and what the machine itself has to know of it: whether it changes how the server reads text,
+    which prepared statements it executes by SQL, and which it deallocates (only where that is all it does)."""
 
     operation: Operation
     changes_lexer: bool = False
@@ -82,8 +84,7 @@ def describe(kind: OperationKind, text: bytes, codec: str) -> Described:
     try:
         decoded = text.decode(codec)
     except UnicodeDecodeError:
-        shown = text.decode("ascii", "backslashreplace")
-        return unclassified(kind, shown, "the text is not valid in the client's encoding")
+        return unclassified(kind, _shown(text), "the text is not valid in the client's encoding")
     try:
         statements = classify(decoded)
     except Unclassified as reason:
@@ -121,3 +122,58 @@ def unclassified(kind: OperationKind, text: str, reason: str) -> Described:
 def refuse(described: Described, reason: str) -> Described:
     """The same operation, of which a session knows a reason not to trust the classification."""
     return described._replace(operation=replace(described.operation, unclassified=reason))
+
+
+class TextReader:
+    """Reads one session's statements as its server does: in its client encoding, and with its kind of strings.
+
+    In the supported encodings a byte below 0x80 is that ASCII character, so only other bytes and, where strings are
+    not standard conforming, backslashes could make the server read something else than the classifier."""
+
+    def __init__(self, codec: str, conforming: bool) -> None:
+        self._codec = codec
+        self._conforming = conforming
+        self._unsettled = False
+        self._plain = codec == "utf-8" and conforming
+
+    def describe(self, kind: OperationKind, memory: Memory, text: bytes) -> Described:
+        """`memory` is the one of that kind."""
+        if self._plain:
+            return memory.describe(text)
+        escapes = b"\\" in text
+        if self._unsettled and (escapes or not text.isascii()):
+            return unclassified(kind, _shown(text), "an earlier statement is just changing how text is read")
+        if escapes and not self._conforming:
+            return unclassified(
+                kind, _shown(text), "with standard_conforming_strings off a backslash can hide a string's end"
+            )
+        if self._codec == "utf-8" or text.isascii():
+            return memory.describe(text)
+        return describe(kind, text, self._codec)
+
+    def unsettle(self) -> None:
+        """A statement that changes the settings is on its way."""
+        self._unsettled = True
+        self._plain = False
+
+    def settle(self) -> None:
+        """Nothing is on its way any more."""
+        if self._unsettled:
+            self._unsettled = False
+            self._plain = self._codec == "utf-8" and self._conforming
+
+    def report(self, name: bytes, value: bytes) -> str:
+        """The server reported a setting. Returns why the session cannot go on with it, or nothing."""
+        if name == b"client_encoding":
+            codec = encoding_codec(_shown(value))
+            if codec is None:
+                return f"client encoding `{_shown(value)[:64]}` does not pass the gateway"
+            self._codec = codec
+        elif name == b"standard_conforming_strings":
+            self._conforming = value == b"on"
+        self._plain = self._codec == "utf-8" and self._conforming and not self._unsettled
+        return ""
+
+
+def _shown(text: bytes) -> str:
+    return text.decode("ascii", "backslashreplace")

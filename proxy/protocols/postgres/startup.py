@@ -44,8 +44,8 @@ MAX_SHOWN = 64
 """Characters of a refused name or value that are quoted back."""
 
 ENCODINGS = {"utf8": "utf-8", "unicode": "utf-8", "sqlascii": "utf-8", "latin1": "latin-1", "iso88591": "latin-1"}
-"""Client encodings in which a byte below 0x80 always is that ASCII character, by PostgreSQL's normalised name, with the
-codec for the rest. SQL_ASCII text is what the server stores, so it is read as UTF-8 or not at all."""
+"""Client encodings in which a byte below 0x80 always is that ASCII character, by PostgreSQL's normalised name, with
+the codec for the rest. SQL_ASCII text is what the server stores, so it is read as UTF-8 or not at all."""
 
 
 class StartupRefused(Exception):
@@ -70,7 +70,7 @@ class StartupRequest:
 
 
 def encoding_codec(name: str) -> str | None:
-    """The codec for a client encoding as PostgreSQL would understand its name, or None for one that is not supported."""
+    """The codec for a client encoding as PostgreSQL would understand its name, or None where it is not supported."""
     return ENCODINGS.get(re.sub(r"[^a-z0-9]", "", name.lower()))
 
 
@@ -117,8 +117,10 @@ def _judge(name: str, value: str) -> str:
 
 
 def _split_options(options: str) -> list[tuple[str, str]]:
-    """The settings in an `options` string (`-c name=value`, `--name=value`), split as the server does (pg_split_opts)."""
-    words = [re.sub(r"\\(.?)", r"\1", word, flags=re.S) for word in re.findall(r"(?:\\.|[^\\\s])+", options, flags=re.S)]
+    """The settings in an `options` string (`-c name=value`, `--name=value`), split as the server does
+    (pg_split_opts)."""
+    escaped = re.findall(r"(?:\\.|[^\\\s])+", options, flags=re.S)
+    words = [re.sub(r"\\(.?)", r"\1", word, flags=re.S) for word in escaped]
     settings: list[tuple[str, str]] = []
     position = 0
     while position < len(words):
@@ -130,7 +132,8 @@ def _split_options(options: str) -> list[tuple[str, str]]:
         elif word.startswith("--") or (word.startswith("-c") and len(word) > 2):
             assignment = word[2:]
         else:
-            raise StartupRefused(f"the option `{word[:MAX_SHOWN]}` does not pass the gateway", "only `-c name=value` does")
+            shown = word[:MAX_SHOWN]
+            raise StartupRefused(f"the option `{shown}` does not pass the gateway", "only `-c name=value` does")
         name, equals, value = assignment.partition("=")
         if not equals:
             raise StartupRefused(f"the option `{assignment[:MAX_SHOWN]}` has no value", "write `-c name=value`")

@@ -1,7 +1,7 @@
 """Getting a connection to the server to the point where it may be spoken to: plain, or TLS as the target's mode says.
 
-States: created -> connecting -> (asked for TLS -> handshake) -> ready. `sslmode` has libpq's meaning; `allow` starts in plain
-and is never turned down to TLS, because the first login attempt already showed the credential.
+States: created -> connecting -> (asked for TLS -> handshake) -> ready. `sslmode` has libpq's meaning; `allow`
+starts in plain and is never turned down to TLS, because the first login attempt already showed the credential.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class _State(enum.Enum):
 
 
 class Upstream:
-    """The way to the server's first message. `ready` says that it is open, `binding` what it is bound to (empty without TLS)."""
+    """The way to the server's first message. `ready` says that it is open, `binding` what it is bound to (empty
+    without TLS)."""
 
     def __init__(self, target: Target) -> None:
         self._target = target
@@ -55,8 +56,8 @@ class Upstream:
                 raise ValueError(f"no connection was asked for (state `{self._state.value}`)")
 
     def receive(self, data: bytes) -> list[Command]:
-        """The server's answer to SSLRequest. Raises `UpstreamRefused`, and `PeerViolation` for bytes that nothing asked
-        for: what stands in front of the handshake could have been put there by anybody."""
+        """The server's answer to SSLRequest. Raises `UpstreamRefused`, and `PeerViolation` for bytes that nothing
+        asked for: what stands in front of the handshake could have been put there by anybody."""
         if self._state is not _State.ASKED:
             raise PeerViolation("the server spoke before it was spoken to", Side.SERVER)
         if data == b"S":

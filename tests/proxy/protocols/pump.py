@@ -1,7 +1,7 @@
 """A small blocking gateway: carries a machine's commands out over real sockets, one thread a connection.
 
-For tests only: no policy but a function, no recording but a list. TLS towards both sides goes through memory BIOs, so that the
-machine sees plain bytes as it does in the product.
+For tests only: no policy but a function, no recording but a list. TLS towards both sides goes through memory BIOs,
+so that the machine sees plain bytes as it does in the product.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
+
 from proxy.model import ColumnMask, Decision, Endpoint, Operation, Reason, Ruling, Target, TlsMode
 from proxy.protocols import registry
 from proxy.protocols.base import (
@@ -44,7 +45,6 @@ from proxy.protocols.base import (
     UpstreamFailed,
     UpstreamReady,
 )
-
 from tests.lab.postgres import PostgresServer, issue, make_authority
 
 ALLOW = Ruling(Decision.ALLOW, (), "", "", "v1")
@@ -295,7 +295,8 @@ def running(pump: Pump) -> Iterator[Pump]:
 
 
 class RawClient:
-    """Speaks the protocol by hand, to the gateway or to the server itself, so that both can be compared message by message."""
+    """Speaks the protocol by hand, to the gateway or to the server itself, so that both can be compared message by
+    message."""
 
     def __init__(self, host: str, port: int, user: str = "x", database: str = "postgres", password: str = "") -> None:
         self.sock = socket.create_connection((host, port), timeout=10)
