@@ -366,9 +366,11 @@ def _demands(statement: StatementFacts) -> Iterator[Demand]:
 
 
 def _is_safe(function: str) -> bool:
-    """Whether it is a built-in function or operator that needs no rule."""
+    """Whether it is a built-in function or operator that needs no rule. Those of information_schema serve its views."""
     schema, name = split_function(function)
-    return schema in ("", "pg_catalog") and (name in catalog.SAFE_FUNCTIONS or name in catalog.OPERATORS)
+    return schema == "information_schema" or (
+        schema in ("", "pg_catalog") and (name in catalog.SAFE_FUNCTIONS or name in catalog.OPERATORS)
+    )
 
 
 def _is_chore(part: StatementFacts, demand: Demand, unsafe: set[str]) -> bool:

@@ -42,7 +42,7 @@ from proxy.policy.source import Source, listed
 MAX_HOLD_S = 24 * 3600.0
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,62}")
-_HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,252})")
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -271,24 +271,21 @@ def _seconds(text: str) -> float:
 
 def _split_address(text: str, default_port: int, place: str) -> Host:
     """Raises `ValueError` for what is neither `host`, `host:port`, `[v6]:port` nor a bare IPv6 address."""
-    if text.startswith("["):
-        host, bracket, port = text[1:].partition("]")
-        if not bracket or (port and not port.startswith(":")):
-            raise ValueError(f"`{text}` is not an address: wants host:port or [v6]:port")
-        port = port[1:]
-        host = numeric_address(host)
+    bracketed = re.fullmatch(r"\[(.*)\](?::(.*))?", text)
+    if bracketed:
+        host, port = bracketed[1], bracketed[2]
     elif text.count(":") > 1:
-        host, port = numeric_address(text), ""
+        host, port = text, None
     else:
-        host, _, port = text.partition(":")
-        if not _HOST.fullmatch(host):
-            raise ValueError(f"`{text}` is not an address: wants host:port or [v6]:port")
-        try:
-            host = numeric_address(host)
-        except ValueError:
-            if re.fullmatch(r"[0-9.]+", host):
-                raise ValueError(f"`{host}` is not an address") from None
-            host = host.lower()
-    if not re.fullmatch(r"[0-9]{0,5}", port) or not 0 < int(port or default_port) < 65536:
+        host, colon, after = text.partition(":")
+        port = after if colon else None
+    try:
+        host = numeric_address(host)
+    except ValueError:
+        # What holds a colon or only digits was meant as an address.
+        if not _HOST.fullmatch(host) or re.fullmatch(r"[0-9.]+", host):
+            raise ValueError(f"`{text}` is not an address: wants host, host:port or [v6]:port") from None
+        host = host.lower()
+    if port is not None and not (re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 65536):
         raise ValueError(f"`{port}` in `{text}` is not a port")
     return Host(host, int(port or default_port), place)

@@ -90,7 +90,7 @@ class RelationPattern:
         return cls(_compile(*parts[0]), _compile(*parts[1]))
 
     def covers(self, schema: str, name: str) -> bool:
-        schema = schema or DEFAULT_SCHEMA
+        schema = schema or ("pg_catalog" if name.startswith("pg_") else DEFAULT_SCHEMA)
         if is_system_schema(schema) and not isinstance(self.schema, str):
             return False
         return _matches(self.schema, schema) and _matches(self.name, name)

@@ -28,8 +28,8 @@ kept."""
 
 _LITERALS = frozenset({"SCONST", "USCONST", "BCONST", "XCONST"})
 _COMMENTS = frozenset({"SQL_COMMENT", "C_COMMENT"})
-# Between a word and the value it is given: = := => , ( ) TO
-_JOINTS = frozenset({"ASCII_61", "COLON_EQUALS", "EQUALS_GREATER", "ASCII_44", "ASCII_40", "ASCII_41", "TO"})
+# Between a word and the value it is given: = := => , ( TO
+_JOINTS = frozenset({"ASCII_61", "COLON_EQUALS", "EQUALS_GREATER", "ASCII_44", "TO"})
 
 _SECRET_WORD = re.compile(r"passw(or)?d|passphrase|secret|token|api_?key|private_?key|credential", re.IGNORECASE)
 _CONNECTION_STRING = re.compile(r"://[^/\s@]*:[^/\s@]*@")
@@ -82,6 +82,7 @@ def _secrets(text: str, tokens: list[Token]) -> Iterator[Token]:
             if opened and opened[-1] == depth:
                 opened.pop()
             depth -= 1
+            armed = False
         elif token.name not in _JOINTS:
             armed = token.name == "CONNECTION" or (
                 (token.name == "IDENT" or token.kind != "NO_KEYWORD") and bool(_SECRET_WORD.search(spelled))
