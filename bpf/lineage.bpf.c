@@ -18,6 +18,14 @@
  * Blind spot: the path is what the caller passed to execve, and uid and cgroup are those at exec.
  */
 
+/*
+ * BCC makes these the old bpf_probe_read, which sock_ops may not call, where it finds no address of theirs in
+ * /proc/kallsyms: without CAP_SYSLOG, or with kernel.kptr_restrict=2, there are none.
+ */
+#undef bpf_probe_read_kernel
+#undef bpf_probe_read_kernel_str
+#undef bpf_probe_read_user
+
 BPF_TABLE_PINNED("array", u32, struct hopgate_config, settings, 1, PINS "/settings");
 BPF_TABLE_PINNED("array", u32, u64, counters, COUNTERS, PINS "/counters");
 BPF_TABLE_PINNED("array", u32, struct hopgate_node, blank, 1, PINS "/blank");
