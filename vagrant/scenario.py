@@ -198,7 +198,7 @@ def tell(promise: str, expected: str, seen: str, kept: bool) -> None:
     columns = shutil.get_terminal_size((150, 24)).columns
     widths = (26, 34, max(40, columns - 26 - 34 - 5 - 9), 5)
     cells = [
-        [text[i : i + width] for line in text.splitlines() or [""] for i in range(0, max(len(line), 1), width)]
+        [line[i : i + width] for line in text.splitlines() or [""] for i in range(0, max(len(line), 1), width)]
         for text, width in zip((promise, expected, seen, "ok" if kept else "WRONG"), widths, strict=True)
     ]
     for i in range(max(map(len, cells))):
@@ -243,7 +243,7 @@ class InstalledBed:
             "AGENT_PYTHON": "/usr/bin/python3",
         }
         return subprocess.Popen(
-            ["runuser", "-u", "runner", "--", *command],
+            ["/usr/sbin/runuser", "-u", "runner", "--", *command],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
