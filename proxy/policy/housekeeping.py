@@ -56,7 +56,7 @@ GUARDED_FIXED = frozenset(
         *{"pg_foreign_data_wrapper", "pg_foreign_table", "pg_statistic", "pg_statistic_ext_data", "pg_stats"},
         *{"pg_stats_ext", "pg_stats_ext_exprs", "pg_hba_file_rules", "pg_ident_file_mappings", "pg_file_settings"},
         *{"pg_largeobject", "pg_stat_activity", "pg_stat_replication", "pg_stat_wal_receiver", "pg_stat_subscription"},
-        *{"pg_db_role_setting", "pg_prepared_xacts", "pg_backend_memory_contexts", "pg_shmem_allocations"},
+        *{"pg_db_role_setting", "pg_prepared_xacts", "pg_backend_memory_contexts", "pg_shmem_allocations", "pg_aios"},
     }
 )
 """Relations of pg_catalog that hold secrets, samples of column values or other sessions' statements: only a rule that

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
 from proxy.model import Operation, OperationKind
-from proxy.policy import PolicyError, load_files
+from proxy.policy import PolicyError, housekeeping, load_files, vocabulary
 from proxy.policy.document import schema
 from proxy.policy.testing import Outcome, run
 from proxy.protocols.postgres.operations import describe
@@ -77,3 +78,11 @@ def test_a_test_that_cannot_be_run_says_where(tmp_path: Path, body: str, said: s
     with pytest.raises(PolicyError) as raised:
         run(written(tmp_path, body), operation)
     assert said in str(raised.value)
+
+
+def test_the_manual_lists_every_kind_and_every_guarded_relation() -> None:
+    manual = (POLICIES.parent / "docs/policy.md").read_text()
+    words = set(re.findall(r"`([^`\n]+)`", manual))
+    verbs = {f"{verb}-{noun}" for verb in ("create", "alter", "drop") for noun in words}
+    assert words | verbs >= vocabulary.KINDS
+    assert set(vocabulary.GROUPS) | housekeeping.GUARDED_FIXED <= words
