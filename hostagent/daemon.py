@@ -32,14 +32,14 @@ from hostagent.control.sessions import Sessions
 from hostagent.control.store import Store
 from hostagent.credentials import CredentialFiles, mask_key
 from hostagent.errors import OperatorError
-from hostagent.kernel import cgroups, redirect
 from hostagent.notify import notify, watchdog_interval_s
 from hostagent.policies import ActivePolicy, PolicyUnusable
 from hostagent.service import Misconduct, Service, memory_file
 from hostagent.settings import Settings
 from hostagent.workers import WorkerProcess, Workers
 from proxy import journal, ports
-from proxy.gateway.listener import BACKLOG
+from proxy.gateway.listener import BACKLOG, endpoint
+from proxy.model import Endpoint
 
 log = structlog.get_logger()
 
@@ -56,6 +56,7 @@ class Daemon:
         self.started_s = time.time()
         self._stopping = asyncio.Event()
         self._serving = asyncio.Event()
+        self._muster: Endpoint
 
     async def serve(self) -> None:
         """Runs until it is told to stop. Raises `OperatorError` when it cannot start."""
@@ -76,13 +77,20 @@ class Daemon:
         for row in self._sessions.recover():
             log.warning("session was interrupted", session=row.id, operations=row.operations)
         self.approvals = Approvals(self._store)
+        self.approvals.recover()
 
         listener = _listening_socket(settings.listen_port)
-        self._worker_cgroup = worker_cgroup = _worker_cgroup(settings)
-        self.pins = await asyncio.to_thread(kernel.start, self._kernel_settings(worker_cgroup))
-        for node in self.pins.exempted():
-            self.pins.unexempt(node)
-        await asyncio.to_thread(redirect.install, redirect.Rules.of(self._kernel_settings(worker_cgroup)))
+        muster = socket.create_server(("127.0.0.1", 0))
+        worker_cgroup = _worker_cgroup(settings)
+        self._kernel_settings = kernel.Settings(
+            cgroup=settings.cgroup or kernel.cgroup_mount(),
+            pin_dir=settings.pin_dir,
+            listen_port=settings.listen_port,
+            worker_cgroup=worker_cgroup,
+            run_dir=settings.run_dir,
+        )
+        self._muster = endpoint(*muster.getsockname()[:2])
+        self.pins = await asyncio.to_thread(kernel.start, self._kernel_settings, self._scope())
         self._attribution = Attribution(self.pins, AgentMatcher(self.policy.resolved.agents))
 
         async with asyncio.TaskGroup() as tasks:
@@ -90,6 +98,7 @@ class Daemon:
             self.workers = Workers(
                 settings,
                 listener=listener,
+                muster=muster,
                 cgroup=worker_cgroup,
                 on_message=self._from_worker,
                 on_gone=self._worker_gone,
@@ -113,6 +122,7 @@ class Daemon:
             loop.add_signal_handler(signal.SIGINT, self._stopping.set)
             loop.add_signal_handler(signal.SIGHUP, self._reload_logged)
             background = [
+                tasks.create_task(self._accept_musters(muster)),
                 tasks.create_task(self.workers.supervise()),
                 tasks.create_task(self._sweep()),
                 tasks.create_task(self._tell_when_ready()),
@@ -144,9 +154,7 @@ class Daemon:
     def reload(self) -> str:
         """Takes the policy on disk; returns its version. Raises `PolicyUnusable`: then the old one stays."""
         self.policy.reload()
-        kernel_settings = self._kernel_settings(self._worker_cgroup)
-        self.pins.set_scope(kernel_settings.ports, kernel_settings.endpoints)
-        redirect.install(redirect.Rules.of(kernel_settings))
+        kernel.apply_scope(self._kernel_settings, self.pins, self._scope())
         self._attribution.agents = AgentMatcher(self.policy.resolved.agents)
         self._send_policy(list(self.workers.running.values()))
         self._notify_status()
@@ -171,13 +179,23 @@ class Daemon:
         if worker.node is not None:
             self.pins.unexempt(worker.node)
 
-    def _exempt(self, worker: WorkerProcess, message: ports.Started) -> None:
-        """The image that our child runs now is the worker's; it is not reaped yet, so its process id is its own."""
-        try:
-            worker.node = self.pins.exempt(worker.pid)
-        except OperatorError as error:
-            self.workers.kill(worker, str(error))
+    async def _accept_musters(self, muster: socket.socket) -> None:
+        """Keeps the queue of the muster address empty: what counts is the record of the connect, not the connection."""
+        loop = asyncio.get_running_loop()
+        muster.setblocking(False)
+        while True:
+            accepted, _ = await loop.sock_accept(muster)
+            accepted.close()
+
+    def _exempt(self, worker: WorkerProcess, message: ports.Mustered) -> None:
+        """The image that connected from where the worker says it did is the worker's: while the worker keeps its end
+        open nobody else can have that port, and the record is that of the latest connect from it."""
+        taken = self.pins.take(message.source, self._muster)
+        if not isinstance(taken, kernel.ConnectRecord):
+            self.workers.kill(worker, f"there is no record of its muster from {message.source}: {taken.reason}")
             return
+        worker.node = taken.node
+        self.pins.exempt(taken.node)
         worker.channel.send(ports.Begin(id=message.id))
         self._send_policy([worker])
         worker.serving = True
@@ -195,17 +213,13 @@ class Daemon:
 
     # --- what goes on beside ------------------------------------------------------------------------------------------
 
-    def _kernel_settings(self, worker_cgroup: Path) -> kernel.KernelSettings:
-        """What is redirected: the targets' addresses, and the protected ports of any address."""
+    def _scope(self) -> kernel.Scope:
+        """What is redirected: the targets' addresses, and the protected ports of any address; beside it the muster."""
         policy = self.policy.resolved
-        return kernel.KernelSettings(
-            cgroup=self.settings.cgroup or cgroups.mount_point(),
-            worker_cgroup=worker_cgroup,
-            listener_port=self.settings.listen_port,
-            ports=frozenset(policy.protected_ports),
-            endpoints=frozenset(endpoint for target in policy.targets for endpoint in target.endpoints),
-            pins=self.settings.pin_dir,
-            run_dir=self.settings.run_dir,
+        return kernel.Scope(
+            ports=tuple(sorted(policy.protected_ports)),
+            endpoints=tuple(sorted(at for target in policy.targets for at in target.endpoints)),
+            muster=self._muster,
         )
 
     async def _sweep(self) -> None:
@@ -248,7 +262,7 @@ def _listening_socket(port: int) -> socket.socket:
 
 def _worker_cgroup(settings: Settings) -> Path:
     """The configured directory, or `workers` below the daemon's own cgroup."""
-    directory = settings.worker_cgroup or cgroups.of_process(os.getpid()) / "workers"
+    directory = settings.worker_cgroup or kernel.own_cgroup() / "workers"
     directory.mkdir(exist_ok=True)
     return directory
 

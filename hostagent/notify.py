@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 
@@ -14,7 +15,11 @@ def notify(**fields: str | int) -> None:
     if address.startswith("@"):
         address = "\0" + address[1:]
     message = "\n".join(f"{name}={value}" for name, value in fields.items())
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock,
+        # whoever started us may have stopped listening: no reason to stop serving
+        contextlib.suppress(OSError),
+    ):
         sock.sendto(message.encode(), address)
 
 

@@ -24,7 +24,7 @@ from hostagent.errors import OperatorError
 from hostagent.policies import ActivePolicy
 from hostagent.workers import WorkerProcess
 from proxy import ports
-from proxy.model import Chain, Target
+from proxy.model import Chain, Endpoint, Target
 from proxy.recording import AuditUnavailable
 
 log = structlog.get_logger()
@@ -41,12 +41,13 @@ class Misconduct(Exception):
 class _OpenSession:
     worker: int
     target: Target | None
+    dialled: Endpoint
     chain: Chain | None
     refused: bool
 
 
 class Service:
-    """`exempt(worker, message)` takes the worker's process image out of the redirect and lets it begin."""
+    """`exempt(worker, source)` lets the kernel side learn which process image mustered."""
 
     def __init__(
         self,
@@ -58,7 +59,7 @@ class Service:
         source: Source,
         authority: HostAuthority,
         cancels: CancelTable,
-        exempt: Callable[[WorkerProcess, ports.Started], None],
+        exempt: Callable[[WorkerProcess, ports.Mustered], None],
         find_worker: Callable[[int], WorkerProcess | None],
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
     ) -> None:
@@ -81,7 +82,7 @@ class Service:
     def handle(self, worker: WorkerProcess, message: ports.FromWorker) -> None:
         """Answers one message. Raises `Misconduct`: the worker has to be ended."""
         match message:
-            case ports.Started():
+            case ports.Mustered():
                 self._exempt(worker, message)
             case ports.Attribute():
                 self._attribute(worker, message)
@@ -146,7 +147,7 @@ class Service:
         if refusal:
             log.warning("connection refused", session=opened.id, dialled=str(request.dialled), why=refusal)
         worker.sessions.add(opened.id)
-        self._open[opened.id] = _OpenSession(worker.pid, target, chain, bool(refusal))
+        self._open[opened.id] = _OpenSession(worker.pid, target, request.dialled, chain, bool(refusal))
         try:
             worker.channel.send(
                 ports.Attributed(
@@ -195,14 +196,15 @@ class Service:
         worker.channel.send(ports.Secret(id=request.id, user=credential.user, password=credential.password))
 
     def _certificate(self, worker: WorkerProcess, request: ports.FetchCertificate) -> None:
-        target = self._policy.targets.get(request.target)
-        if target is None:
-            worker.channel.send(ports.Refused(id=request.id, message=f"target `{request.target}` is not in the policy"))
-            return
+        opened = self._own(worker, request.session)
+        if opened.target is not None:
+            name, addresses = opened.target.server_name, [each.address for each in opened.target.endpoints]
+        else:
+            name, addresses = opened.dialled.address, [opened.dialled.address]
         try:
-            leaf = self._authority.leaf(target.server_name, [endpoint.address for endpoint in target.endpoints])
+            leaf = self._authority.leaf(name, addresses)
         except OperatorError as error:
-            log.error("no certificate", target=target.name, why=str(error))
+            log.error("no certificate", session=request.session, why=str(error))
             worker.channel.send(ports.Refused(id=request.id, message=str(error)))
             return
         descriptor = memory_file("certificate", leaf.pem)

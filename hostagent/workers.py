@@ -1,6 +1,6 @@
 """Starts the proxy workers, keeps them running, and ends them.
 
-    starting --(confined, exempt, has its policy)--> serving --(exit)--> gone --(back-off)--> starting
+    starting --(mustered, exempt, has its policy)--> serving --(exit)--> gone --(back-off)--> starting
 
 A worker that dies takes its connections with it, and nothing else: its sessions are closed from their recordings, its
 cancel keys are released, and another one is started. The listening socket is ours, so clients meanwhile wait or go to
@@ -56,6 +56,7 @@ class Workers:
         settings: Settings,
         *,
         listener: socket.socket,
+        muster: socket.socket,
         cgroup: Path,
         on_message: Callable[[WorkerProcess, ports.FromWorker], None],
         on_gone: Callable[[WorkerProcess], None],
@@ -64,6 +65,7 @@ class Workers:
         self.running: dict[int, WorkerProcess] = {}
         self.deaths = 0
         self._listener = listener
+        self._muster_port = muster.getsockname()[1]
         self._cgroup = cgroup
         self._on_message = on_message
         self._on_gone = on_gone
@@ -135,6 +137,7 @@ class Workers:
                     f"--parent={os.getpid()}",
                     f"--channel={theirs.fileno()}",
                     f"--listener={self._listener.fileno()}",
+                    f"--muster={self._muster_port}",
                     f"--uid={self._uid}",
                     f"--gid={self._gid}",
                     "--offer-tls" if self.settings.offer_tls else "--no-offer-tls",

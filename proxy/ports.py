@@ -42,9 +42,10 @@ class FetchSecret(Request, frozen=True, kw_only=True):
 
 
 class FetchCertificate(Request, frozen=True, kw_only=True):
-    """A serving certificate from the host's own CA for one of the policy's targets."""
+    """A serving certificate from the host's own CA for what the session dialled: the target's name and addresses, or
+    the bare address where it is no target (so that a client that insists on TLS can be told why it is refused)."""
 
-    target: str
+    session: str
 
 
 class Hold(Request, frozen=True, kw_only=True):
@@ -75,8 +76,11 @@ class PassCancel(Request, frozen=True, kw_only=True):
     key: bytes
 
 
-class Started(Request, frozen=True, kw_only=True):
-    """The worker runs its own image, confined. Asked once, first; answered by `Begin`."""
+class Mustered(Request, frozen=True, kw_only=True):
+    """The worker has connected to the muster address, from `source`, so that the kernel side learns which process image
+    it is. Asked once, first; answered by `Begin`."""
+
+    source: Endpoint
 
 
 class WithdrawHold(msgspec.Struct, frozen=True, tag=True, tag_field="is", kw_only=True):
@@ -105,7 +109,7 @@ class Alert(msgspec.Struct, frozen=True, tag=True, tag_field="is", kw_only=True)
 
 
 FromWorker = (
-    Started
+    Mustered
     | Attribute
     | FetchSecret
     | FetchCertificate
@@ -244,7 +248,7 @@ class Broker(Protocol):
     async def secret(self, session: str) -> Secret:
         """Raises `Unavailable`."""
 
-    async def certificate(self, target: str) -> tuple[Certificate, int]:
+    async def certificate(self, session: str) -> tuple[Certificate, int]:
         """The answer and a descriptor with key and chain, which the caller owns. Raises `Unavailable`."""
 
 

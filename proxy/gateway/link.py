@@ -37,9 +37,9 @@ class HostLink(ports.Attributor, ports.Broker, ports.Approver, ports.Cancels):
         self._on_lost = on_closed
         self._channel: Channel[ports.ToWorker] = Channel(sock, decoder(ports.ToWorker), self._received, self._closed)
 
-    async def begin(self) -> None:
+    async def muster(self, source: Endpoint) -> None:
         """Waits until the worker's own connections are exempt from the redirect."""
-        _answer(await self._ask(ports.Started(id=next(self._ids))), ports.Begin)
+        _answer(await self._ask(ports.Mustered(id=next(self._ids), source=source)), ports.Begin)
 
     async def attribute(self, peer: Endpoint, dialled: Endpoint) -> tuple[ports.Attributed, int]:
         return _with_descriptor(
@@ -49,9 +49,9 @@ class HostLink(ports.Attributor, ports.Broker, ports.Approver, ports.Cancels):
     async def secret(self, session: str) -> ports.Secret:
         return _answer(await self._ask(ports.FetchSecret(id=next(self._ids), session=session)), ports.Secret)
 
-    async def certificate(self, target: str) -> tuple[ports.Certificate, int]:
+    async def certificate(self, session: str) -> tuple[ports.Certificate, int]:
         return _with_descriptor(
-            await self._ask(ports.FetchCertificate(id=next(self._ids), target=target)), ports.Certificate
+            await self._ask(ports.FetchCertificate(id=next(self._ids), session=session)), ports.Certificate
         )
 
     async def hold(

@@ -66,9 +66,8 @@ class Peer(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         self.session.received(self.side, data)
 
-    def eof_received(self) -> bool:
+    def eof_received(self) -> None:
         self.session.ended(self.side)
-        return True
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
@@ -148,8 +147,9 @@ class Session:
         if factory is None:
             self._close(f"no protocol for {dialled}: {attributed.refusal or 'refused'}")
             return
-        self.machine = factory(offer_tls=self.worker.offer_tls and refusal is None, refusal=refusal)
+        self.machine = factory(offer_tls=self.worker.offer_tls, refusal=refusal)
         self._resume(Side.CLIENT, "opening")
+        self._take_early(Side.CLIENT)
 
     def _login_expired(self) -> None:
         self.farewell("the login took too long", f"it has to be done in {LOGIN_TIMEOUT_S:g} s")
@@ -159,9 +159,10 @@ class Session:
     def received(self, side: Side, data: bytes) -> None:
         """Bytes of one side; carries out what the machine makes of them."""
         machine = self.machine
-        if machine is None or self._closing:
+        if self._closing:
             return
-        if self._securing is not None and side is self._securing:
+        if machine is None or side is self._securing:
+            # the loop may have read before it heard of the pause
             self._early.append(data)
             return
         try:
@@ -177,6 +178,7 @@ class Session:
     def ended(self, side: Side) -> None:
         """One side will send no more."""
         if self.machine is None or self._closing:
+            self._close(f"the {side.value} left")
             self._drop()
             return
         try:
@@ -222,6 +224,8 @@ class Session:
                 case base.Connect():
                     self._start(self._connect())
                 case base.StartTls(side):
+                    # the client's first bytes of TLS are not for us, and come as soon as it is told to go on
+                    self._pause(side, "tls")
                     self._securing = side
                     self._start(self._secure_client() if side is Side.CLIENT else self._secure_server())
                 case base.Authenticated():
@@ -456,10 +460,10 @@ class Session:
         self._notify(base.UpstreamFailed(str(error)))
 
     async def _secure_client(self) -> None:
-        assert self.target is not None
         assert self.client.transport is not None
         try:
-            context = await self.worker.serving_context(self.target)
+            name = self.target.name if self.target is not None else self._dialled.address
+            context = await self.worker.serving_context(self.id, name)
             async with asyncio.timeout(upstream.HANDSHAKE_TIMEOUT_S):
                 secured = await asyncio.get_running_loop().start_tls(
                     self.client.transport, self.client, context, server_side=True
@@ -478,11 +482,16 @@ class Session:
     def _notify_secured(self, event: base.Event) -> None:
         """What came in before the machine knew of the handshake's end is given to it afterwards."""
         side, self._securing = self._securing, None
-        early, self._early = self._early, []
+        if side is not None:
+            self._paused[side].discard("tls")
         self._notify(event)
         if side is not None:
-            for data in early:
-                self.received(side, data)
+            self._take_early(side)
+
+    def _take_early(self, side: Side) -> None:
+        early, self._early = self._early, []
+        for data in early:
+            self.received(side, data)
 
     # --- policy -------------------------------------------------------------------------------------------------------
 
@@ -524,12 +533,17 @@ class Session:
             self._task.cancel()
         if self._held is not None:
             self._withdraw(reason)
+        loop = asyncio.get_running_loop()
+        # not from inside a read of the same transport: uvloop's TLS reads on while it closes
+        loop.call_soon(self._close_transports)
+        loop.call_later(FLUSH_TIMEOUT_S, self._drop)
+        if self.client.closed and (self.server is None or self.server.closed):
+            self._finish()
+
+    def _close_transports(self) -> None:
         for peer in (self.client, self.server):
             if peer is not None and peer.transport is not None and not peer.closed:
                 peer.transport.close()
-        asyncio.get_running_loop().call_later(FLUSH_TIMEOUT_S, self._drop)
-        if self.client.closed and (self.server is None or self.server.closed):
-            self._finish()
 
     def _withdraw(self, reason: str) -> None:
         assert self._held is not None

@@ -1,8 +1,9 @@
 """A proxy worker: one unprivileged process on one core, with an event loop, the shared listener and the policy.
 
 Started by the host agent as `python -m proxy.gateway.worker` in the worker's cgroup, with two inherited sockets. It
-becomes the worker's user, for good, before it reads a byte from anywhere; says so, and waits until the kernel side exempts
-its process image from the redirect; waits for its first policy, and accepts. It ends when the host agent does.
+becomes the worker's user, for good, before it reads a byte from anywhere. It connects once to the muster address, so
+that the kernel side learns which process image it is and exempts it, waits for its first policy, and accepts. It ends
+when the host agent does.
 """
 
 from __future__ import annotations
@@ -28,9 +29,10 @@ from proxy import journal, ports
 from proxy.gateway import listener, tls
 from proxy.gateway.link import HostLink
 from proxy.gateway.session import Session
-from proxy.model import Target
+from proxy.model import Endpoint, Target
 from proxy.policy.compile import CompiledPolicy
 from proxy.policy.document import ResolvedPolicy
+from proxy.protocols import registry
 
 log = structlog.get_logger()
 
@@ -40,6 +42,9 @@ M_MMAP_THRESHOLD = -3
 M_TRIM_THRESHOLD = -1
 MAX_POLICY = 64 * 1024 * 1024
 CERTIFICATE_SLACK_S = 3600
+POLICY_TIMEOUT_S = 30.0
+MAX_CONTEXTS = 1024
+"""TLS contexts kept; any address can be dialled at a protected port."""
 GRACE_S = 2.0
 
 
@@ -75,13 +80,16 @@ class Worker:
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return self._tasks.create_task(work)
 
-    async def serving_context(self, target: Target) -> ssl.SSLContext:
-        """The TLS context that stands for this target towards clients. Raises `ports.Unavailable`."""
-        not_after, context = self._contexts.get(target.name, (0.0, None))
+    async def serving_context(self, session: str, name: str) -> ssl.SSLContext:
+        """The TLS context that stands, towards the client, for what the session dialled: `name` is the target's name or
+        the bare address. Raises `ports.Unavailable`."""
+        not_after, context = self._contexts.get(name, (0.0, None))
         if context is None or not_after < time.time() + CERTIFICATE_SLACK_S:
-            certificate, descriptor = await self.link.certificate(target.name)
+            certificate, descriptor = await self.link.certificate(session)
             context = tls.server_context(descriptor)
-            self._contexts[target.name] = (certificate.not_after_s, context)
+            if len(self._contexts) >= MAX_CONTEXTS:
+                self._contexts.clear()
+            self._contexts[name] = (certificate.not_after_s, context)
         return context
 
     def pushed(self, message: ports.Push, descriptors: list[int]) -> None:
@@ -95,10 +103,7 @@ class Worker:
 
     def _load(self, message: ports.LoadPolicy, descriptors: list[int]) -> None:
         try:
-            (descriptor,) = descriptors
-            with os.fdopen(descriptor, "rb") as file:
-                file.seek(0)
-                document = msgspec.msgpack.decode(file.read(MAX_POLICY), type=ResolvedPolicy)
+            document = msgspec.msgpack.decode(_content(descriptors), type=ResolvedPolicy)
         except (ValueError, OSError, msgspec.MsgspecError) as error:
             # without the policy of the host agent nothing may be ruled on
             self.end(f"policy `{message.version}` cannot be read: {error}")
@@ -116,15 +121,38 @@ class Worker:
         self.stopping.set()
 
 
+async def _muster(worker: Worker, port: int) -> None:
+    """The connection stays open until the host agent has answered: its record is what tells the process image."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    source = writer.get_extra_info("sockname")
+    await worker.link.muster(Endpoint(source[0], source[1]))
+    writer.close()
+    del reader
+
+
+def _content(descriptors: list[int]) -> bytes:
+    """What the one descriptor holds. Its offset is shared with the other workers, so it is not used."""
+    try:
+        (descriptor,) = descriptors
+        return os.pread(descriptor, MAX_POLICY, 0)
+    finally:
+        for each in descriptors:
+            os.close(each)
+
+
 async def _serve(options: argparse.Namespace) -> None:
     async with asyncio.TaskGroup() as tasks:
         worker = Worker(offer_tls=options.offer_tls, tasks=tasks)
         channel = socket.socket(fileno=options.channel)
         worker.link = HostLink(channel, worker.pushed, worker.end)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.end, "terminated")
-        await worker.link.begin()
-        async with asyncio.timeout(30):
-            await worker.policy_loaded.wait()
+        try:
+            await _muster(worker, options.muster)
+            async with asyncio.timeout(POLICY_TIMEOUT_S):
+                await worker.policy_loaded.wait()
+        except (ports.Unavailable, OSError) as error:
+            log.error("worker not started", why=str(error) or "no policy came")
+            os._exit(1)
         server = await listener.listen(socket.socket(fileno=options.listener), lambda: Session(worker).client)
         await worker.stopping.wait()
         server.close()
@@ -168,11 +196,14 @@ def main() -> None:
     parser.add_argument("--parent", type=int, required=True, help="process id of the host agent")
     parser.add_argument("--channel", type=int, required=True, help="descriptor of the channel to the host agent")
     parser.add_argument("--listener", type=int, required=True, help="descriptor of the shared listening socket")
+    parser.add_argument("--muster", type=int, required=True, help="TCP port on loopback to muster at")
     parser.add_argument("--uid", type=int, required=True, help="user id to run as, not 0")
     parser.add_argument("--gid", type=int, required=True, help="group id to run as")
     parser.add_argument("--offer-tls", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--log-level", default="info")
     options = parser.parse_args()
+    # all code is loaded while we may still read it, wherever it is installed
+    registry.names()
     _confine(options.parent, options.uid, options.gid)
     journal.configure(options.log_level, worker=os.getpid())
     uvloop.run(_serve(options))

@@ -82,7 +82,7 @@ def main() -> int:
         print("demo: two hosts, a PostgreSQL with TLS and SCRAM", file=sys.stderr)
         runner, database = stack.enter_context(linked_namespaces(RUNNER, DATABASE))
         server = stack.enter_context(
-            postgres(host=DATABASE, port=5432, netns=database, tls=True, server_name="db.shop.example")
+            postgres(address=DATABASE, namespace=database, server_name="db.shop.example")
         )
         server.run_sql(f"CREATE ROLE shop_app LOGIN PASSWORD '{password}'")
         server.run_sql("CREATE DATABASE shop OWNER shop_app")

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import yaml
 
+from tests.lab.cgroups import inside
+
 READY_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
 
@@ -138,8 +140,7 @@ class Gateway:
         """The command, run inside the namespace and the sub-cgroup `group` of the hooked cgroup."""
         directory = self.cgroup / group
         directory.mkdir(exist_ok=True)
-        join = 'echo 0 >"$1/cgroup.procs" && shift && exec "$@"'
-        return ["sh", "-c", join, "sh", str(directory), "ip", "netns", "exec", self.namespace, *command]
+        return inside(command, cgroup=directory, netns=self.namespace)
 
     def run(
         self,
