@@ -87,10 +87,11 @@ class Pins:
             raise KernelError(f"cannot open the pins in `{directory}`: {error}; restart hopgate") from error
 
     def close(self) -> None:
-        for one in self._maps.values():
-            one.close()
-        for program in self._programs:
-            os.close(program)
+        """Repeatable."""
+        while self._maps:
+            self._maps.popitem()[1].close()
+        while self._programs:
+            os.close(self._programs.pop())
         if self._conntrack is not None:
             self._conntrack.close()
 

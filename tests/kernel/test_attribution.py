@@ -1,0 +1,203 @@
+"""Whoever connects is known when the listener accepts: exactly, and whatever became of the process since."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+from collections import Counter
+
+import pytest
+
+from hostagent import kernel
+from tests.kernel.bed import BEYOND, PORT, Bed, bed, tags
+from tests.lab import cgroups
+
+SPAWNERS = 4
+CONNECTS = 10_000
+EXECUTED = 400
+
+
+@pytest.mark.parametrize("family", [0, 1], ids=["ipv4", "ipv6"])
+def test_quick_connects_are_attributed_without_a_miss(shared: Bed, family: int) -> None:
+    """Ten thousand for each family, by processes that exit at once; every one says who it is, and the kernel agrees."""
+    number, executed = (CONNECTS - EXECUTED) // SPAWNERS, EXECUTED // SPAWNERS
+    spawners = [
+        shared.start(
+            shared.command("storm", number, executed, address=BEYOND[family], tag=f"tag-{index}"),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+        )
+        for index in range(SPAWNERS)
+    ]
+    outcomes: Counter[str] = Counter()
+    try:
+        for _ in range(CONNECTS):
+            accepted, record = shared.take()
+            if isinstance(record, kernel.Refused):
+                outcomes[f"missing: {record.reason}"] += 1
+                continue
+            lineage = shared.pins.lineage(record.node)
+            if lineage is None:
+                outcomes["missing: lineage"] += 1
+            elif record.tgid != accepted.tgid or tags(lineage)[-1] != accepted.tag:
+                outcomes["wrong"] += 1
+            else:
+                outcomes["right"] += 1
+    finally:
+        for spawner in spawners:
+            spawner.wait(30)
+    assert outcomes == {"right": CONNECTS}
+    assert not shared.pins.overflowed()
+
+
+def test_an_orphan_keeps_its_lineage(shared: Bed) -> None:
+    """Double fork, setsid, parent and grandparent dead, then execve."""
+    shared.run(shared.command("orphan", tag="tag-orphan"))
+    assert shared.tags() == ["tag-orphan", "tag-orphan-leaf"]
+
+
+def test_a_thread_connects_as_its_process(shared: Bed) -> None:
+    shared.run(shared.command("thread", tag="tag-thread"))
+    assert shared.tags() == ["tag-thread"]
+
+
+def test_execve_in_a_thread_that_is_not_the_leader_makes_an_image(shared: Bed) -> None:
+    shared.run(shared.command("thread_exec", tag="tag-thread"))
+    assert shared.tags() == ["tag-thread", "tag-thread-after"]
+
+
+def test_posix_spawn_makes_a_child_image(shared: Bed) -> None:
+    shared.run(shared.command("spawn", tag="tag-parent"))
+    assert shared.tags() == ["tag-parent", "tag-parent-spawned"]
+
+
+def test_a_client_that_resets_at_once_is_attributed(shared: Bed) -> None:
+    shared.run(shared.command("reset", tag="tag-reset"))
+    _accepted, record = shared.take()
+    assert isinstance(record, kernel.ConnectRecord), record
+    lineage = shared.pins.lineage(record.node)
+    assert lineage is not None and tags(lineage) == ["tag-reset"]
+
+
+def test_an_image_says_what_was_executed(shared: Bed) -> None:
+    command = shared.command("connect", tag="tag-image")
+    shared.run(["/usr/bin/env", "-u", "X", *command])
+    image = shared.attributed()[1][-1]
+    assert image.argv == tuple(command)
+    assert not image.argv_truncated
+    assert image.path == command[0]
+    assert image.uid == 0
+    assert image.cgroup == f"/{shared.cgroup.name}"
+
+
+def test_long_arguments_are_cut_and_say_so(shared: Bed) -> None:
+    shared.run(shared.command("connect", tag="tag-" + "x" * 5000))
+    image = shared.attributed()[1][-1]
+    assert image.argv_truncated
+    assert sum(len(word) + 1 for word in image.argv) <= 257
+
+
+def test_a_record_is_taken_once(shared: Bed) -> None:
+    shared.run(shared.command("connect", tag="tag-once"))
+    accepted, record = shared.take()
+    assert isinstance(record, kernel.ConnectRecord)
+    assert isinstance(shared.pins.take(accepted.peer, accepted.dialled), kernel.Refused)
+
+
+def test_a_process_outside_the_cgroup_is_redirected_and_unattributed(shared: Bed) -> None:
+    with cgroups.cgroup("elsewhere") as elsewhere:
+        shared.run(shared.command("connect", tag="tag-outside"), cgroup=elsewhere)
+        accepted, record = shared.take()
+    assert accepted.tag == "tag-outside"
+    assert isinstance(record, kernel.Refused)
+    assert "no record" in record.reason
+
+
+def test_one_source_port_for_two_destinations_is_never_mistaken(shared: Bed) -> None:
+    """conntrack has to give the second connection another source port; who it is is still told exactly."""
+    source = 40_123
+    seen = []
+    for index, address in enumerate([BEYOND[0], "192.0.2.77", "192.0.2.78"]):
+        shared.run(shared.command("from_port", source, address=address, tag=f"tag-{index}"))
+        accepted, lineage = shared.attributed()
+        assert tags(lineage) == [f"tag-{index}"]
+        assert accepted.dialled.address == address
+        seen.append(accepted.peer.port)
+    assert len(set(seen)) > 1, "conntrack rewrote no port: this test shows nothing"
+
+
+def test_older_processes_have_their_place() -> None:
+    """A parent and its child that run before the programs are loaded, and what they start later."""
+    with bed("seed", load=False) as made:
+        process = made.start(made.command("child_on_line", tag="tag-old"))
+        assert process.stdin is not None and process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        made.load()
+        for line, expected in (
+            ("self", ["tag-old", "tag-old-child"]),
+            ("fork", ["tag-old", "tag-old-child"]),
+            ("exec", ["tag-old", "tag-old-child", "tag-old-child-later"]),
+        ):
+            process.stdin.write(line + "\n")
+            process.stdin.flush()
+            accepted, record = made.take()
+            assert isinstance(record, kernel.ConnectRecord), (line, record)
+            assert record.tgid == accepted.tgid
+            lineage = made.pins.lineage(record.node)
+            assert lineage is not None
+            assert tags(lineage) == expected
+            assert lineage[0].tgid == 1
+        process.communicate()
+        assert process.returncode == 0
+
+
+def test_processes_that_start_while_the_programs_are_loaded_are_labelled() -> None:
+    with bed("busy", load=False) as made:
+        stop = threading.Event()
+
+        def busy() -> None:
+            while not stop.is_set():
+                subprocess.run(["/bin/sh", "-c", "/bin/true & /bin/true; wait"], check=True)
+
+        thread = threading.Thread(target=busy)
+        thread.start()
+        try:
+            made.load()
+            made.run(made.command("spawn", tag="tag-busy"))
+            assert made.tags() == ["tag-busy", "tag-busy-spawned"]
+        finally:
+            stop.set()
+            thread.join()
+
+
+def test_an_overflow_denies_and_says_so() -> None:
+    """With more images than the table holds, the process that found no room is unlabelled, and so is what it starts."""
+    sizes = kernel.MapSizes(procs=8192, nodes=700, graveyard=100, connects=1024)
+    with bed("overflow", sizes) as made:
+        made.run(["/usr/bin/env"] * 800 + made.command("connect", tag="tag-full"))
+        _accepted, record = made.take()
+        assert isinstance(record, kernel.Refused)
+        assert "no lineage" in record.reason
+        assert made.pins.overflowed()
+        assert made.pins.counters()["overflow_nodes"] >= 1
+
+
+def test_a_chain_without_end_is_cut_off_alone(shared: Bed) -> None:
+    """An image may call execve as often as it likes: it loses its own label, and nobody else's."""
+    prefix = ["/usr/bin/env"] * 1100
+    shared.run([*prefix, *shared.command("connect", tag="tag-deep")])
+    _accepted, record = shared.take()
+    assert isinstance(record, kernel.Refused)
+    assert shared.pins.counters()["too_deep"] == 1
+    assert not shared.pins.overflowed()
+    shared.run(shared.command("connect", tag="tag-next"))
+    assert shared.tags() == ["tag-next"]
+
+
+def test_records_that_nobody_takes_are_swept(shared: Bed) -> None:
+    shared.run(shared.command("connect", tag="tag-swept"))
+    accepted = shared.accept()
+    assert shared.pins.sweep(60) == 0
+    assert shared.pins.sweep(0) >= 1
+    assert isinstance(shared.pins.take(accepted.peer, accepted.dialled), kernel.Refused)
+    assert accepted.dialled.port == PORT

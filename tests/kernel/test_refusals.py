@@ -1,0 +1,290 @@
+"""What must not be attributed, and what must not get to the listener at all."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from scapy.layers.inet import IP, TCP
+from scapy.packet import Packet
+from scapy.sendrecv import send, sr1
+
+from hostagent import kernel
+from hostagent.kernel import pins as pins_module
+from proxy.model import Endpoint
+from tests.kernel.bed import BEYOND, HERE, LISTEN_PORT, PORT, Bed, bed
+from tests.lab import namespaces
+
+ELSEWHERE = "198.51.100.7"
+"""An address behind the listener's namespace, which for the namespace beyond is a gateway."""
+
+
+@pytest.fixture(scope="module")
+def routed() -> Iterator[Bed]:
+    """What the namespace beyond sends to ELSEWHERE passes through the listener's namespace."""
+    with bed("refusals") as made:
+        namespaces.ip("-n", made.beyond, "route", "add", ELSEWHERE, "via", HERE[0])
+        yield made
+
+
+class RawClient:
+    """A client without a socket: speaks TCP by hand from the namespace beyond, whose kernel is kept from answering."""
+
+    def __init__(self, source_port: int) -> None:
+        self._source_port = source_port
+
+    def connect(self) -> None:
+        """Completes the handshake and says `raw`. `AssertionError` when nobody answers."""
+        answer = sr1(self._segment(flags="S", seq=7000), timeout=5, verbose=False)
+        assert answer is not None and answer.haslayer(TCP) and "S" in str(answer[TCP].flags)
+        acknowledged = answer[TCP].seq + 1
+        send(self._segment(flags="A", seq=7001, ack=acknowledged), verbose=False)
+        send(self._segment(flags="PA", seq=7001, ack=acknowledged) / b"0 raw\n", verbose=False)
+
+    def _segment(self, **fields: object) -> Packet:
+        return IP(src=BEYOND[0], dst=ELSEWHERE) / TCP(sport=self._source_port, dport=PORT, **fields)
+
+
+@contextmanager
+def silenced(made: Bed, *matches: str) -> Iterator[None]:
+    """Within the block the namespace beyond drops what it would send that matches. Packets sockets are not
+    concerned."""
+    rules = [["OUTPUT", "-p", "tcp", *match.split(), "-j", "DROP"] for match in matches]
+    for rule in rules:
+        _iptables(made.beyond, "-A", *rule)
+    try:
+        yield
+    finally:
+        for rule in rules:
+            _iptables(made.beyond, "-D", *rule)
+
+
+def _iptables(netns: str, *arguments: str) -> None:
+    subprocess.run(["nsenter", f"--net=/run/netns/{netns}", "iptables", "-w", *arguments], check=True)
+
+
+def test_a_client_in_another_namespace_is_attributed(routed: Bed) -> None:
+    routed.run(routed.command("connect", address=ELSEWHERE, tag="tag-routed"), netns=routed.beyond)
+    assert routed.tags() == ["tag-routed"]
+
+
+def test_a_raw_syn_arrives_unattributed(routed: Bed) -> None:
+    with silenced(routed, "--tcp-flags RST RST"), namespaces.entered(routed.beyond):
+        RawClient(41_001).connect()
+    accepted, record = routed.take()
+    assert accepted.tag == "raw"
+    assert accepted.dialled == Endpoint(ELSEWHERE, PORT)
+    assert isinstance(record, kernel.Refused)
+    assert "no record" in record.reason
+
+
+def test_a_record_that_was_never_established_cannot_be_claimed(routed: Bed) -> None:
+    """Somebody's SYN got lost; somebody else speaks from the same port."""
+    port = 41_002
+    with silenced(routed, "--tcp-flags RST RST", f"--sport {port}"):
+        with pending(routed, routed.beyond, port, ELSEWHERE), namespaces.entered(routed.beyond):
+            RawClient(port).connect()
+            accepted, record = routed.take()
+    assert accepted.peer == Endpoint(BEYOND[0], port)
+    assert isinstance(record, kernel.Refused)
+    assert "never established" in record.reason
+
+
+def test_a_record_goes_when_its_socket_closes_unestablished(routed: Bed) -> None:
+    port = 41_003
+    with silenced(routed, "--tcp-flags RST RST", f"--sport {port}"):
+        with pending(routed, routed.beyond, port, ELSEWHERE):
+            pass
+        with namespaces.entered(routed.beyond):
+            RawClient(port).connect()
+        _accepted, record = routed.take()
+    assert isinstance(record, kernel.Refused)
+    assert "no record" in record.reason
+
+
+def test_the_port_of_a_taken_connection_gives_nothing(routed: Bed) -> None:
+    port = 41_004
+    routed.run(routed.command("from_port", port, address=ELSEWHERE, tag="tag-first"), netns=routed.beyond)
+    assert routed.tags() == ["tag-first"]
+    with silenced(routed, "--tcp-flags RST RST"), namespaces.entered(routed.beyond):
+        # what conntrack and the listener still know of the first one has to go, or the SYN is not a new connection
+        subprocess.run(
+            ["nsenter", f"--net=/run/netns/{routed.netns}", "conntrack", "-D", "-p", "tcp", "--sport", str(port)],
+            check=True,
+            capture_output=True,
+        )
+        RawClient(port).connect()
+    _accepted, record = routed.take()
+    assert isinstance(record, kernel.Refused)
+
+
+def test_a_closed_client_is_believed_for_a_short_time_only(routed: Bed, monkeypatch: pytest.MonkeyPatch) -> None:
+    routed.run(routed.command("connect", tag="tag-late"))
+    accepted = routed.accept()
+    monkeypatch.setattr(pins_module, "CLOSED_S", 0.05)
+    time.sleep(0.1)
+    record = routed.pins.take(accepted.peer, accepted.dialled)
+    assert isinstance(record, kernel.Refused)
+    assert "stale" in record.reason
+
+
+@contextmanager
+def twin_of(address: str, route_to: str) -> Iterator[str]:
+    """A namespace with the same address, whose packets to `route_to` go nowhere."""
+    with namespaces.namespace(address) as twin:
+        namespaces.ip("-n", twin, "link", "add", "void", "type", "veth", "peer", "name", "nowhere")
+        namespaces.ip("-n", twin, "link", "set", "void", "up")
+        namespaces.ip("-n", twin, "link", "set", "nowhere", "up")
+        namespaces.ip("-n", twin, "route", "add", route_to, "dev", "void", "src", address)
+        yield twin
+
+
+@contextmanager
+def pending(made: Bed, netns: str, port: int, address: str) -> Iterator[None]:
+    """A client of the namespace that has called connect from this port, and keeps its socket within the block."""
+    client = made.start(made.command("pending", port, address=address, tag="tag-pending"), netns=netns)
+    assert client.stdout is not None and client.stdout.readline() == "connecting\n"
+    try:
+        yield
+    finally:
+        client.communicate()
+
+
+def test_two_namespaces_with_the_same_addresses_are_refused(routed: Bed) -> None:
+    port = 41_005
+    with twin_of(BEYOND[0], ELSEWHERE) as twin, pending(routed, routed.beyond, port, ELSEWHERE):
+        connection, address = routed.listener.accept()
+        with connection, pending(routed, twin, port, ELSEWHERE):
+            record = routed.pins.take(Endpoint(BEYOND[0], address[1]), Endpoint(ELSEWHERE, PORT))
+    assert isinstance(record, kernel.Refused)
+    assert "two network namespaces" in record.reason
+    assert routed.pins.counters()["ambiguous_connects"] == 1
+
+
+def test_a_foreign_namespace_cannot_disturb_the_hosts_own_clients(routed: Bed) -> None:
+    """A namespace that somebody made, with the host's own address and the same port and destination."""
+    port = 41_010
+    with twin_of(HERE[0], BEYOND[0]) as twin, pending(routed, twin, port, BEYOND[0]):
+        routed.run(routed.command("from_port", port, tag="tag-own"))
+        assert routed.tags() == ["tag-own"]
+
+
+@pytest.mark.parametrize("address", [*HERE, "127.0.0.1", "::1"])
+def test_the_listeners_port_cannot_be_reached_directly(routed: Bed, address: str) -> None:
+    for netns in [routed.netns, routed.beyond] if address in HERE else [routed.netns]:
+        with namespaces.entered(netns), pytest.raises(ConnectionRefusedError):
+            socket.create_connection((address, LISTEN_PORT), timeout=2)
+
+
+@pytest.mark.parametrize("address", BEYOND)
+def test_protected_datagrams_are_rejected(routed: Bed, address: str) -> None:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with namespaces.entered(routed.beyond), socket.socket(family, socket.SOCK_DGRAM) as server:
+        server.bind((address, PORT))
+        server.setblocking(False)
+        assert routed.run(routed.command("datagram", address=address)).strip() == "PermissionError"
+        with pytest.raises(BlockingIOError):
+            server.recv(1)
+
+
+def test_a_port_that_is_not_protected_is_left_alone(routed: Bed) -> None:
+    with namespaces.entered(routed.beyond), socket.create_server((BEYOND[0], 8080)) as server:
+        server.settimeout(5)
+        routed.run(routed.command("connect", port=8080, tag="tag-free"))
+        connection, _address = server.accept()
+        connection.close()
+    assert routed.run(routed.command("datagram", port=8080)).strip() == "ConnectionRefusedError"
+
+
+# --- exemption --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def target(made: Bed) -> Iterator[None]:
+    """A server at the protected address and port, which greets."""
+    with namespaces.entered(made.beyond), socket.create_server((BEYOND[0], PORT)) as server:
+        server.settimeout(0.2)
+        stop = threading.Event()
+
+        def serve() -> None:
+            while not stop.is_set():
+                try:
+                    connection, _address = server.accept()
+                except TimeoutError:
+                    continue
+                with connection:
+                    connection.sendall(b"target")
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+
+
+def _muster(made: Bed, process: subprocess.Popen[str]) -> int:
+    assert process.stdout is not None
+    source = int(process.stdout.readline())
+    assert made.scope.muster is not None
+    record = made.pins.take(Endpoint("127.0.0.1", source), made.scope.muster)
+    assert isinstance(record, kernel.ConnectRecord), record
+    return record.node
+
+
+def _start_worker(made: Bed, **options: object) -> subprocess.Popen[str]:
+    assert made.scope.muster is not None
+    return made.start(made.command("muster", made.scope.muster.address, made.scope.muster.port), **options)
+
+
+def _greeting(process: subprocess.Popen[str]) -> str:
+    out, _err = process.communicate("go\n")
+    return out.strip()
+
+
+def test_an_exempt_worker_reaches_the_target_itself(routed: Bed) -> None:
+    with target(routed):
+        worker = _start_worker(routed, cgroup=routed.workers)
+        node = _muster(routed, worker)
+        routed.pins.exempt(node)
+        assert routed.pins.exempted() == {node}
+        assert _greeting(worker) == "target"
+        routed.pins.unexempt(node)
+        assert routed.pins.exempted() == frozenset()
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["not-exempt", "wrong-cgroup"])
+def test_one_of_mark_and_cgroup_is_not_enough(routed: Bed, inside: bool) -> None:
+    """In the workers' cgroup and not exempt; or exempt and elsewhere."""
+    with target(routed):
+        worker = _start_worker(routed, cgroup=routed.workers if inside else routed.cgroup)
+        node = _muster(routed, worker)
+        if not inside:
+            routed.pins.exempt(node)
+        closer = threading.Thread(target=lambda: routed.listener.accept()[0].close())
+        closer.start()
+        assert _greeting(worker) == ""
+        closer.join()
+        routed.pins.unexempt(node)
+
+
+def test_a_forged_mark_is_taken_off(routed: Bed) -> None:
+    """By a process in the workers' own cgroup, even."""
+    before = routed.pins.counters()["forged_marks"]
+    with target(routed):
+        out = routed.run(routed.command("marked", routed.settings.mark, tag="tag-forger"), cgroup=routed.workers)
+    assert out.strip() == "0"
+    assert routed.tags() == ["tag-forger"]
+    assert routed.pins.counters()["forged_marks"] == before + 1
+
+
+def test_another_mark_is_left_alone(routed: Bed) -> None:
+    out = routed.run(routed.command("marked", 77, tag="tag-marked"))
+    assert out.strip() == "77"
+    assert routed.tags() == ["tag-marked"]
