@@ -3,9 +3,10 @@
 The executable is compared as the file it is (device and inode, as the kernel names them), never by a path that a
 process chose. A file that others could have put there or written makes nobody an agent; that is logged.
 
-Where a condition cannot be told (argument vector longer than the kernel keeps, cgroup gone, file changed after the
-process started), the image is not quietly "no agent", which would give it what its parent may do: `Undecidable` is
-raised.
+Where a condition cannot be told (cgroup gone, file changed after the process started), the image is not quietly "no
+agent", which would give it what its parent may do: `Undecidable` is raised. Arguments are another matter: whoever
+starts a process chooses them, so they narrow a match and prove nothing; the pattern is held against the head that the
+kernel keeps (`bpf/abi.h`), and an image that does not show it there has its parent's rights and no more.
 
 If several agents match one image, all of them count, in the order of their names: the policy meets over all hops.
 
@@ -21,7 +22,6 @@ import fnmatch
 import hashlib
 import mmap
 import os
-import re
 import stat
 import time
 from collections.abc import Iterable
@@ -38,7 +38,6 @@ log = structlog.get_logger()
 RECHECK_S = 1.0
 """How long the identity of an executable is believed without looking at the file again."""
 
-_WILDCARD = re.compile(r"[*?\[]")
 _CHUNK_BYTES = 1 << 20
 
 
@@ -104,32 +103,13 @@ class AgentMatcher:
         cgroup = not agent.cgroup or bool(image.cgroup and fnmatch.fnmatchcase(image.cgroup, agent.cgroup))
         if not cgroup and image.cgroup:
             return False
-        argv = not agent.argv or _argv_matches(agent.argv, image)
-        if argv is False:
+        if agent.argv and not fnmatch.fnmatchcase(" ".join(image.argv), agent.argv):
             return False
         if not cgroup:
             raise Undecidable(f"the cgroup of process `{image.tgid}` is gone; agent `{agent.name}` is told by it")
-        if argv is None:
-            raise Undecidable(
-                f"the arguments of process `{image.tgid}` are longer than what the kernel keeps; agent `{agent.name}` "
-                "is told by them"
-            )
         if file.changed_ns and file.changed_ns > _wall_ns(image.start_ns):
             raise Undecidable(f"`{agent.exe}` of agent `{agent.name}` was changed after process `{image.tgid}` started")
         return True
-
-
-def _argv_matches(pattern: str, image: ProcessImage) -> bool | None:
-    """None when it cannot be told from the head of the arguments."""
-    text = " ".join(image.argv)
-    if not image.argv_truncated:
-        return fnmatch.fnmatchcase(text, pattern)
-    wildcard = _WILDCARD.search(pattern)
-    literal = pattern[: wildcard.start()] if wildcard else pattern
-    if not text.startswith(literal[: len(text)]):
-        return False
-    # what follows an asterisk at the end cannot undo a match
-    return True if pattern.endswith("*") and fnmatch.fnmatchcase(text, pattern) else None
 
 
 def _wall_ns(monotonic_ns: int) -> int:
