@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
-from scapy.layers.inet import IP, TCP
-from scapy.packet import Packet
-from scapy.sendrecv import send, sr1
 
 from hostagent import kernel
 from hostagent.kernel import pins as pins_module
 from proxy.model import Endpoint
 from tests.kernel.bed import BEYOND, HERE, LISTEN_PORT, PORT, Bed, bed
-from tests.lab import namespaces
+from tests.lab import cgroups, namespaces
 
+RAW = Path(__file__).with_name("raw.py")
 ELSEWHERE = "198.51.100.7"
 """An address behind the listener's namespace, which for the namespace beyond is a gateway."""
 
@@ -32,22 +32,11 @@ def routed() -> Iterator[Bed]:
         yield made
 
 
-class RawClient:
-    """A client without a socket: speaks TCP by hand from the namespace beyond, whose kernel is kept from answering."""
-
-    def __init__(self, source_port: int) -> None:
-        self._source_port = source_port
-
-    def connect(self) -> None:
-        """Completes the handshake and says `raw`. `AssertionError` when nobody answers."""
-        answer = sr1(self._segment(flags="S", seq=7000), timeout=5, verbose=False)
-        assert answer is not None and answer.haslayer(TCP) and "S" in str(answer[TCP].flags)
-        acknowledged = answer[TCP].seq + 1
-        send(self._segment(flags="A", seq=7001, ack=acknowledged), verbose=False)
-        send(self._segment(flags="PA", seq=7001, ack=acknowledged) / b"0 raw\n", verbose=False)
-
-    def _segment(self, **fields: object) -> Packet:
-        return IP(src=BEYOND[0], dst=ELSEWHERE) / TCP(sport=self._source_port, dport=PORT, **fields)
+def connect_by_hand(made: Bed, source_port: int) -> None:
+    """From the namespace beyond, outside of the hooked cgroup, to ELSEWHERE."""
+    arguments = [BEYOND[0], str(source_port), ELSEWHERE, str(PORT)]
+    done = cgroups.run([sys.executable, str(RAW), *arguments], netns=made.beyond)
+    assert done.returncode == 0, done.stderr
 
 
 @contextmanager
@@ -74,8 +63,8 @@ def test_a_client_in_another_namespace_is_attributed(routed: Bed) -> None:
 
 
 def test_a_raw_syn_arrives_unattributed(routed: Bed) -> None:
-    with silenced(routed, "--tcp-flags RST RST"), namespaces.entered(routed.beyond):
-        RawClient(41_001).connect()
+    with silenced(routed, "--tcp-flags RST RST"):
+        connect_by_hand(routed, 41_001)
     accepted, record = routed.take()
     assert accepted.tag == "raw"
     assert accepted.dialled == Endpoint(ELSEWHERE, PORT)
@@ -86,10 +75,10 @@ def test_a_raw_syn_arrives_unattributed(routed: Bed) -> None:
 def test_a_record_that_was_never_established_cannot_be_claimed(routed: Bed) -> None:
     """Somebody's SYN got lost; somebody else speaks from the same port."""
     port = 41_002
-    with silenced(routed, "--tcp-flags RST RST", f"--sport {port}"):
-        with pending(routed, routed.beyond, port, ELSEWHERE), namespaces.entered(routed.beyond):
-            RawClient(port).connect()
-            accepted, record = routed.take()
+    only_by_hand = silenced(routed, "--tcp-flags RST RST", f"--sport {port}")
+    with only_by_hand, pending(routed, routed.beyond, port, ELSEWHERE):
+        connect_by_hand(routed, port)
+        accepted, record = routed.take()
     assert accepted.peer == Endpoint(BEYOND[0], port)
     assert isinstance(record, kernel.Refused)
     assert "never established" in record.reason
@@ -100,8 +89,7 @@ def test_a_record_goes_when_its_socket_closes_unestablished(routed: Bed) -> None
     with silenced(routed, "--tcp-flags RST RST", f"--sport {port}"):
         with pending(routed, routed.beyond, port, ELSEWHERE):
             pass
-        with namespaces.entered(routed.beyond):
-            RawClient(port).connect()
+        connect_by_hand(routed, port)
         _accepted, record = routed.take()
     assert isinstance(record, kernel.Refused)
     assert "no record" in record.reason
@@ -111,14 +99,14 @@ def test_the_port_of_a_taken_connection_gives_nothing(routed: Bed) -> None:
     port = 41_004
     routed.run(routed.command("from_port", port, address=ELSEWHERE, tag="tag-first"), netns=routed.beyond)
     assert routed.tags() == ["tag-first"]
-    with silenced(routed, "--tcp-flags RST RST"), namespaces.entered(routed.beyond):
+    with silenced(routed, "--tcp-flags RST RST"):
         # what conntrack and the listener still know of the first one has to go, or the SYN is not a new connection
         subprocess.run(
             ["nsenter", f"--net=/run/netns/{routed.netns}", "conntrack", "-D", "-p", "tcp", "--sport", str(port)],
             check=True,
             capture_output=True,
         )
-        RawClient(port).connect()
+        connect_by_hand(routed, port)
     _accepted, record = routed.take()
     assert isinstance(record, kernel.Refused)
 
