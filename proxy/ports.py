@@ -254,9 +254,19 @@ class Broker(Protocol):
 
 class Approver(Protocol):
     async def hold(
-        self, *, session: str, approval: str, operation: int, hop: str, rule: str, preview: str, timeout_s: float
+        self,
+        *,
+        session: str,
+        approval: str,
+        operation: int,
+        hop: str,
+        rule: str,
+        preview: str,
+        timeout_s: float,
+        asked: Callable[[], None],
     ) -> HoldDecided:
-        """Waits for the decision; cancelling the wait withdraws. Raises `Unavailable`."""
+        """Asks, calls `asked` once the question is on its way, and waits for the decision; cancelling the wait
+        withdraws. Raises `Unavailable`."""
 
 
 class Cancels(Protocol):

@@ -55,7 +55,16 @@ class HostLink(ports.Attributor, ports.Broker, ports.Approver, ports.Cancels):
         )
 
     async def hold(
-        self, *, session: str, approval: str, operation: int, hop: str, rule: str, preview: str, timeout_s: float
+        self,
+        *,
+        session: str,
+        approval: str,
+        operation: int,
+        hop: str,
+        rule: str,
+        preview: str,
+        timeout_s: float,
+        asked: Callable[[], None],
     ) -> ports.HoldDecided:
         request = ports.Hold(
             id=next(self._ids),
@@ -68,7 +77,7 @@ class HostLink(ports.Attributor, ports.Broker, ports.Approver, ports.Cancels):
             timeout_s=timeout_s,
         )
         try:
-            return _answer(await self._ask(request, timeout_s + HOLD_GRACE_S), ports.HoldDecided)
+            return _answer(await self._ask(request, timeout_s + HOLD_GRACE_S, asked), ports.HoldDecided)
         except asyncio.CancelledError:
             self._channel.send(ports.WithdrawHold(approval=approval, why="the client cancelled or left"))
             raise
@@ -91,11 +100,15 @@ class HostLink(ports.Attributor, ports.Broker, ports.Approver, ports.Cancels):
         """Tells the operators."""
         self._channel.send(ports.Alert(session=session, text=text[:1000]))
 
-    async def _ask(self, request: ports.Request, timeout_s: float = ANSWER_TIMEOUT_S) -> tuple[ports.Reply, list[int]]:
+    async def _ask(
+        self, request: ports.Request, timeout_s: float = ANSWER_TIMEOUT_S, asked: Callable[[], None] | None = None
+    ) -> tuple[ports.Reply, list[int]]:
         future: asyncio.Future[tuple[ports.Reply, list[int]]] = asyncio.get_running_loop().create_future()
         self._waiting[request.id] = future
         try:
             self._channel.send(request)
+            if asked is not None:
+                asked()
             async with asyncio.timeout(timeout_s):
                 return await future
         except TimeoutError:

@@ -310,27 +310,21 @@ class Session:
         self._answer(ask, ruling)
 
     async def _hold(self, ask: base.AskRuling, ruling: Ruling) -> None:
-        assert self.machine is not None
         assert self.recording is not None
         approval = ports.new_approval_id(secrets.randbelow)
-        reason = next(reason for reason in ruling.reasons if reason.decision is Decision.HOLD)
+        holding = [reason for reason in ruling.reasons if reason.decision is Decision.HOLD]
         self._held = (ask, ruling)
         try:
             self.recording.held(ask.id, ask.operation, ruling, approval)
-            self._carry_out(
-                self.machine.notice(
-                    f"held for approval {approval}: {ruling.message}",
-                    f"somebody on the runner has to say `hopgate approve {approval}` within {ruling.hold_timeout_s:g} s",
-                )
-            )
             decided = await self.worker.link.hold(
                 session=self.id,
                 approval=approval,
                 operation=ask.id,
-                hop=reason.hop,
-                rule=reason.rule,
+                hop=", ".join(reason.hop for reason in holding),
+                rule=", ".join(dict.fromkeys(reason.rule for reason in holding)),
                 preview=ask.operation.recorded_text,
                 timeout_s=ruling.hold_timeout_s,
+                asked=lambda: self._tell_held(approval, ruling),
             )
             outcome, by, why = decided.outcome, decided.by, decided.reason
         except AuditUnavailable as error:
@@ -339,6 +333,12 @@ class Session:
         except ports.Unavailable as error:
             outcome, by, why = "denied", "hopgate", str(error)
         self._decided(approval, outcome, by, why)
+
+    def _tell_held(self, approval: str, ruling: Ruling) -> None:
+        if self.machine is not None and not self._closing:
+            message = f"held for approval {approval}: {ruling.message}"
+            hint = f"somebody on the runner has to say `hopgate approve {approval}` within {ruling.hold_timeout_s:g} s"
+            self._carry_out(self.machine.notice(message, hint))
 
     def _decided(self, approval: str, outcome: str, by: str, why: str) -> None:
         if self._held is None or self.recording is None:
