@@ -25,7 +25,6 @@ _OBJ_GET = 7
 _OBJ_GET_INFO_BY_FD = 15
 _RAW_TRACEPOINT_OPEN = 17
 _LINK_CREATE = 28
-_LINK_UPDATE = 29
 _ITER_CREATE = 33
 
 CGROUP_SOCK_OPS = 3
@@ -186,11 +185,6 @@ def raw_tracepoint_open(name: str, program: int) -> int:
 def link_create(program: int, target: int, attach_type: int) -> int:
     """The descriptor of a link (cgroup programs, and iterators with target 0)."""
     return _bpf(_LINK_CREATE, "=IIII", program, target, attach_type, 0, what="create link")
-
-
-def link_update(link: int, program: int) -> None:
-    """Puts another program in the place of the link's, atomically (cgroup links)."""
-    _bpf(_LINK_UPDATE, "=IIII", link, program, 0, 0, what="update link")
 
 
 def iterator_create(link: int) -> int:

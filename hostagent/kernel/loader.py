@@ -24,7 +24,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -79,25 +78,23 @@ def load(request: LoadRequest) -> None:
     """Raises `KernelError`."""
     pins = Path(request.pins)
     require_bpffs(pins)
-    compiled = compile_sources(request)
+    require_own(Path(request.run_dir))
+    bcc = import_bcc()
     if not request.replace:
         pins.mkdir(mode=0o700, parents=True, exist_ok=True)
     try:
-        module = compiled()
-        programs = load_programs(module)
+        programs = load_programs(compile_sources(bcc, request))
         write_config(pins, request, build=0)
         attach(programs, pins, Path(request.cgroup))
         if not request.replace:
             with seed.Tasks(programs[ITERATOR]) as tasks:
                 seed.seed(pins, tasks)
         write_config(pins, request, build=request.build)
-    except OSError as error:
+    except BaseException as error:
         if not request.replace:
             remove(pins)
-        raise KernelError(f"cannot load the kernel programs: {error.strerror or error}") from error
-    except BaseException:
-        if not request.replace:
-            remove(pins)
+        if isinstance(error, OSError):
+            raise KernelError(f"cannot load the kernel programs: {error.strerror or error}") from error
         raise
 
 
@@ -114,6 +111,14 @@ def require_bpffs(pins: Path) -> None:
     existing = next(parent for parent in (pins, *pins.parents) if parent.exists())
     if not on_bpffs(existing):
         raise KernelError(f"pin directory `{pins}` is not on a bpffs: choose one below `{BPFFS}`")
+
+
+def require_own(directory: Path) -> None:
+    """Makes the directory, and refuses one in which others could put files for the compiler."""
+    directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    status = directory.stat()
+    if status.st_uid != 0 or status.st_mode & 0o022:
+        raise KernelError(f"`{directory}` has to belong to root and be writable by nobody else")
 
 
 def on_bpffs(path: Path) -> bool:
@@ -182,15 +187,8 @@ def make_kernel_source(root: Path) -> None:
     (root / "include/linux/kconfig.h").write_text(kconfig)
 
 
-def compile_sources(request: LoadRequest) -> Callable[[], Any]:
-    """Gets everything ready that can fail without leaving a trace; calling the result creates the maps."""
-    run_dir = Path(request.run_dir)
-    run_dir.mkdir(mode=0o755, parents=True, exist_ok=True)
-    status = run_dir.stat()
-    if status.st_uid != 0 or status.st_mode & 0o022:
-        raise KernelError(f"`{run_dir}` has to belong to root and be writable by nobody else")
-    bcc = import_bcc()
-    text = abi.sources()
+def compile_sources(bcc: ModuleType, request: LoadRequest) -> Any:
+    """BCC's module. Creates and pins the maps, or takes those that are pinned already."""
     sizes = request.sizes
     flags = [
         f'-DPINS="{request.pins}"',
@@ -202,21 +200,18 @@ def compile_sources(request: LoadRequest) -> Callable[[], Any]:
         f"-DEXEMPT_MAX={sizes.exempt}",
         "-Wno-everything",
     ]
-
-    def compiled() -> Any:
-        root = Path(tempfile.mkdtemp(prefix="kernel-source-", dir=run_dir))
-        try:
-            make_kernel_source(root)
-            os.environ["BCC_KERNEL_SOURCE"] = str(root)
-            return bcc.BPF(text=text, cflags=flags)
-        except Exception as error:
-            if isinstance(error, KernelError):
-                raise
-            raise KernelError(f"BCC cannot compile the kernel programs: {error}") from error
-        finally:
-            shutil.rmtree(root, ignore_errors=True)
-
-    return compiled
+    root = Path(tempfile.mkdtemp(prefix="kernel-source-", dir=request.run_dir))
+    try:
+        make_kernel_source(root)
+        os.environ["BCC_KERNEL_SOURCE"] = str(root)
+        return bcc.BPF(text=abi.sources(), cflags=flags)
+    except (KernelError, OSError):
+        raise
+    except Exception as error:
+        # BCC has no narrower type for it; the compiler's own words are on standard error
+        raise KernelError(f"BCC cannot compile the kernel programs: {error}") from error
+    finally:
+        shutil.rmtree(root, ignore_errors=True)
 
 
 # --- load and attach --------------------------------------------------------------------------------------------------
@@ -231,6 +226,7 @@ def load_programs(module: Any) -> dict[str, int]:
         try:
             programs[name] = module.load_func(name, kind).fd
         except Exception as error:
+            # BCC has no narrower type for it
             raise KernelError(f"the kernel refuses program `{name}`: {error}; {_NEEDS[name]}") from error
     return programs
 

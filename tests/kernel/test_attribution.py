@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 import threading
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
 from hostagent import kernel
+from proxy.model import Endpoint
 from tests.kernel.bed import BEYOND, PORT, Bed, bed, tags
 from tests.lab import cgroups
 
@@ -54,6 +57,13 @@ def test_an_orphan_keeps_its_lineage(shared: Bed) -> None:
     """Double fork, setsid, parent and grandparent dead, then execve."""
     shared.run(shared.command("orphan", tag="tag-orphan"))
     assert shared.tags() == ["tag-orphan", "tag-orphan-leaf"]
+
+
+def test_a_mapped_address_is_plain_ipv4(shared: Bed) -> None:
+    shared.run(shared.command("connect", address=f"::ffff:{BEYOND[0]}", tag="tag-mapped"))
+    accepted, lineage = shared.attributed()
+    assert tags(lineage) == ["tag-mapped"]
+    assert accepted.dialled == Endpoint(BEYOND[0], PORT)
 
 
 def test_a_thread_connects_as_its_process(shared: Bed) -> None:
@@ -149,6 +159,34 @@ def test_older_processes_have_their_place() -> None:
             assert lineage[0].tgid == 1
         process.communicate()
         assert process.returncode == 0
+
+
+def test_older_processes_of_a_pid_namespace_have_their_place() -> None:
+    """Loaded by a daemon that knows its neighbours by other numbers than the kernel programs do."""
+    with bed("pidns", load=False) as made:
+        (made.cgroup / "daemon").mkdir()
+        daemon = (
+            "import subprocess, sys; from pathlib import PosixPath; from hostagent import kernel\n"
+            "from hostagent.kernel import MapSizes, Scope, Settings\nfrom proxy.model import Endpoint\n"
+            f"older = subprocess.Popen({made.command('child_on_line', tag='tag-old')!r}, "
+            "stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)\n"
+            "assert older.stdout.readline() == 'ready\\n'\n"
+            f"kernel.start({made.settings!r}, {made.scope!r})\nolder.communicate('self\\nexec\\n')"
+        )
+        command = ["unshare", "--pid", "--fork", "--mount-proc", sys.executable, "-c", daemon]
+        process = made.start(command, cwd=Path(kernel.__file__).parents[2])
+        made.listener.settimeout(30)
+        accepted = [made.accept(), made.accept()]
+        process.communicate()
+        assert process.returncode == 0
+        made.load()
+        for one, expected in zip(accepted, ([], ["tag-old-child-later"]), strict=True):
+            record = made.pins.take(one.peer, one.dialled)
+            assert isinstance(record, kernel.ConnectRecord), record
+            lineage = made.pins.lineage(record.node)
+            assert lineage is not None
+            assert tags(lineage) == ["tag-old", "tag-old-child", *expected]
+            assert lineage[0].argv[:2] == (sys.executable, "-c"), "process 1 of the namespace is the root"
 
 
 def test_processes_that_start_while_the_programs_are_loaded_are_labelled() -> None:

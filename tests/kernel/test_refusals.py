@@ -193,9 +193,10 @@ def test_a_port_that_is_not_protected_is_left_alone(routed: Bed) -> None:
 
 
 @contextmanager
-def target(made: Bed) -> Iterator[None]:
-    """A server at the protected address and port, which greets."""
-    with namespaces.entered(made.beyond), socket.create_server((BEYOND[0], PORT)) as server:
+def target(made: Bed, *, local: bool = False) -> Iterator[str]:
+    """A server at a protected port, which greets; its address."""
+    netns, address = (made.netns, HERE[0]) if local else (made.beyond, BEYOND[0])
+    with namespaces.entered(netns), socket.create_server((address, PORT)) as server:
         server.settimeout(0.2)
         stop = threading.Event()
 
@@ -211,7 +212,7 @@ def target(made: Bed) -> Iterator[None]:
         thread = threading.Thread(target=serve)
         thread.start()
         try:
-            yield
+            yield address
         finally:
             stop.set()
             thread.join()
@@ -226,9 +227,10 @@ def _muster(made: Bed, process: subprocess.Popen[str]) -> int:
     return record.node
 
 
-def _start_worker(made: Bed, **options: object) -> subprocess.Popen[str]:
+def _start_worker(made: Bed, address: str, cgroup: Path) -> subprocess.Popen[str]:
     assert made.scope.muster is not None
-    return made.start(made.command("muster", made.scope.muster.address, made.scope.muster.port), **options)
+    muster = made.scope.muster
+    return made.start(made.command("muster", muster.address, muster.port, address=address), cgroup=cgroup)
 
 
 def _greeting(process: subprocess.Popen[str]) -> str:
@@ -236,9 +238,10 @@ def _greeting(process: subprocess.Popen[str]) -> str:
     return out.strip()
 
 
-def test_an_exempt_worker_reaches_the_target_itself(routed: Bed) -> None:
-    with target(routed):
-        worker = _start_worker(routed, cgroup=routed.workers)
+@pytest.mark.parametrize("local", [False, True], ids=["remote", "on-this-host"])
+def test_an_exempt_worker_reaches_the_target_itself(routed: Bed, local: bool) -> None:
+    with target(routed, local=local) as address:
+        worker = _start_worker(routed, address, routed.workers)
         node = _muster(routed, worker)
         routed.pins.exempt(node)
         assert routed.pins.exempted() == {node}
@@ -250,8 +253,8 @@ def test_an_exempt_worker_reaches_the_target_itself(routed: Bed) -> None:
 @pytest.mark.parametrize("inside", [True, False], ids=["not-exempt", "wrong-cgroup"])
 def test_one_of_mark_and_cgroup_is_not_enough(routed: Bed, inside: bool) -> None:
     """In the workers' cgroup and not exempt; or exempt and elsewhere."""
-    with target(routed):
-        worker = _start_worker(routed, cgroup=routed.workers if inside else routed.cgroup)
+    with target(routed) as address:
+        worker = _start_worker(routed, address, routed.workers if inside else routed.cgroup)
         node = _muster(routed, worker)
         if not inside:
             routed.pins.exempt(node)
