@@ -15,7 +15,7 @@ from __future__ import annotations
 import ctypes
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -49,8 +49,9 @@ class Tasks:
         return (abi.TaskRow.from_buffer_copy(data, start) for start in range(0, len(data), size))
 
 
-def seed(pins: Path, tasks: Tasks) -> int:
-    """Returns how many processes were labelled. Raises `KernelError` when it does not come to rest, `OSError`."""
+def seed(pins: Path, tasks: Iterable[abi.TaskRow]) -> int:
+    """`tasks` is looked through again and again. Returns how many processes were labelled. Raises `KernelError` when it
+    does not come to rest, `OSError`."""
     return _Seed(pins).run(tasks)
 
 
@@ -60,7 +61,7 @@ class _Seed:
         self._nodes = bpf.Map.pinned(pins / "nodes", *abi.MAPS["nodes"])
         self._made: dict[int, int] = {}
 
-    def run(self, tasks: Tasks) -> int:
+    def run(self, tasks: Iterable[abi.TaskRow]) -> int:
         labelled = 0
         try:
             for _pass in range(_PASSES_MAX):
