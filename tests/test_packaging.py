@@ -14,8 +14,8 @@ import pytest
 CHECKOUT = Path(__file__).parent.parent
 SOURCES = sorted(path.name for path in (CHECKOUT / "bpf").iterdir() if path.suffix in (".c", ".h"))
 UNITS = sorted(path.name for path in (CHECKOUT / "systemd").iterdir())
-EXPOSURE = 45
-"""Tenths, as `systemd-analyze security` counts: 4.5 of 10. Raising it needs a reason in the unit's header."""
+EXPOSURE = 42
+"""Tenths, as `systemd-analyze security` counts: 4.2 of 10. Raising it needs a reason in the unit's header."""
 
 
 @pytest.fixture(scope="module")
@@ -114,12 +114,13 @@ def test_every_capability_of_the_unit_is_explained() -> None:
     granted = {name for line in re.findall(r"^CapabilityBoundingSet=(.*)$", text, re.M) for name in line.split()}
     comments = "\n".join(line for line in text.splitlines() if line.startswith("#"))
     assert granted
-    assert granted == set(re.findall(r"CAP_[A-Z_]+", comments))
+    assert granted <= set(re.findall(r"CAP_[A-Z_]+", comments))
+    assert "CAP_SYS_ADMIN" not in granted
 
 
 def test_the_scripts_are_sound_bash_and_stop_at_the_first_error() -> None:
     scripts = [*(CHECKOUT / "scripts").iterdir(), CHECKOUT / ".ci/run", *(CHECKOUT / "vagrant").glob("*.sh")]
-    for script in scripts:
+    for script in filter(Path.is_file, scripts):
         text = script.read_text()
         if text.startswith("#!/bin/bash"):
             subprocess.run(["bash", "-n", str(script)], check=True, timeout=10)
