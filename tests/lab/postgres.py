@@ -249,7 +249,7 @@ def postgres(
         (data / "postgresql.auto.conf").write_text(
             "".join(f"{name} = '{value}'\n" for name, value in configuration.items())
         )
-        command = _as_account(account, [binaries / "postgres", "-D", data])
+        command = _as_account(account, [binaries / "postgres", "-D", data], dies_with_parent=True)
         if namespace is not None:
             command = ["ip", "netns", "exec", namespace, *command]
         with (directory / "log").open("wb") as log:
@@ -279,11 +279,16 @@ def postgres(
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _as_account(account: pwd.struct_passwd, command: list[str | Path]) -> list[str]:
-    words = [str(word) for word in command]
+def _as_account(
+    account: pwd.struct_passwd, command: list[str | Path], *, dies_with_parent: bool = False
+) -> list[str]:
+    """The command as that user; `dies_with_parent` also ends it when whoever started it was killed."""
+    words = [f"--reuid={account.pw_uid}", f"--regid={account.pw_gid}", "--clear-groups"]
     if os.geteuid() == account.pw_uid:
-        return words
-    return ["setpriv", f"--reuid={account.pw_uid}", f"--regid={account.pw_gid}", "--clear-groups", *words]
+        words = []
+    if dies_with_parent:
+        words += ["--pdeathsig", "QUIT"]
+    return ["setpriv", *words, *map(str, command)] if words else [str(word) for word in command]
 
 
 def _run_as(account: pwd.struct_passwd, command: list[str | Path], directory: Path) -> None:

@@ -123,6 +123,7 @@ class Pump:
     server_name: str = ""
     ca_path: Path | None = None
     refusal: Refusal | None = None
+    binding: bytes = b""
     port: int = 0
     commands: list[Command] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
@@ -157,10 +158,9 @@ class _Connection:
         try:
             self.carry_out(self.machine.begin())
             while not self.closed:
+                if any([self.step_early(side) for side in list(self.wires)]):
+                    continue
                 readable = [w.sock for s, w in self.wires.items() if s is Side.SERVER or not self.machine.unanswered]
-                for side, wire in list(self.wires.items()):
-                    if (side is Side.SERVER or not self.machine.unanswered) and (early := wire.decrypted()):
-                        self.step(side, early)
                 for sock in select.select(readable, [], [], 20)[0]:
                     for side in [side for side, wire in self.wires.items() if wire.sock is sock]:
                         data = self.wires[side].receive()
@@ -170,6 +170,15 @@ class _Connection:
         finally:
             for wire in self.wires.values():
                 wire.sock.close()
+
+    def step_early(self, side: Side) -> bool:
+        """Takes what has come, encrypted, together with something else: no socket will announce it."""
+        if side is Side.CLIENT and self.machine.unanswered:
+            return False
+        data = self.wires[side].decrypted()
+        if data:
+            self.step(side, data)
+        return bool(data)
 
     def step(self, side: Side, data: bytes) -> None:
         if self.closed:
@@ -249,7 +258,7 @@ class _Connection:
         der = wire.tls.getpeercert(binary_form=True)
         assert der is not None
         digest = x509.load_der_x509_certificate(der).fingerprint(hashes.SHA256())
-        return list(self.machine.notify(UpstreamReady(digest)))
+        return list(self.machine.notify(UpstreamReady(pump.binding or digest)))
 
 
 def _serving_context() -> ssl.SSLContext:
