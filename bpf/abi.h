@@ -52,8 +52,8 @@ struct hopgate_node {
 #define FAMILY_6 6
 
 /*
- * IPv4 addresses fill the first four bytes; v4-mapped IPv6 is IPv4. Addresses in network order, ports in host order. `local` is 1
- * for sockets of the listener's own network namespace, which so never collide with those of any other.
+ * IPv4 addresses fill the first four bytes; v4-mapped IPv6 is IPv4. Addresses in network order, ports in host order.
+ * `local` is 1 for sockets of the listener's own network namespace, which so never collide with those of any other.
  */
 struct hopgate_connect_key {
 	__u8 source[16];
@@ -113,6 +113,7 @@ struct hopgate_task_row {
 #define COUNT_FORGED 6		/* marks taken off sockets that are not exempt */
 #define COUNT_GRAVEYARD_FULL 7	/* dead nodes released at once because they could not wait */
 #define COUNT_CONNECTS 8	/* records written */
-#define COUNTERS 9
+#define COUNT_GRAVEYARD_CUT 9	/* dead nodes released early because the table of nodes was full */
+#define COUNTERS 10
 
 #endif

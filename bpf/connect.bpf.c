@@ -3,21 +3,24 @@
  * Writes down who connects. sock_ops, attached to a cgroup:
  *
  *   TCP_CONNECT         the source port is chosen and the SYN not yet sent: the record is written
- *   ACTIVE_ESTABLISHED  the handshake's ACK is not yet sent, so the listener cannot have accepted: it is marked established
- *   STATE (to CLOSE)    a record that was never established goes; an established one is marked closed and stays, because
- *                       the client may be gone before the listener accepts
+ *   ACTIVE_ESTABLISHED  the handshake's ACK is not yet sent, so the listener cannot have accepted: the record is marked
+ *                       established
+ *   STATE (to CLOSE)    a record that was never established goes; an established one is marked closed and stays,
+ *                       because the client may be gone before the listener accepts
  *
- * Only the first runs in the process that connects; the others find the record by the socket's addresses, and believe it
- * only if it carries the socket's own cookie.
+ * Only the first runs in the process that connects; the others find the record by the socket's addresses, and believe
+ * it only if it carries the socket's own cookie.
  *
  * Sockets of exempt images (the proxy's own) get the mark that the netfilter rules let pass; it is taken off any other.
  *
  * Only the stack is used for scratch: per-CPU maps are corrupted when this program is preempted.
  *
- * Blind spot: a process outside the cgroup and a SYN from a raw socket are not seen: they have no record, hence no access.
+ * Blind spot: a process outside the cgroup and a SYN from a raw socket are not seen: they have no record, hence no
+ * access.
  */
 
-BPF_TABLE_PINNED("hash", struct hopgate_connect_key, struct hopgate_connect_record, connects, CONNECTS_MAX, PINS "/connects");
+BPF_TABLE_PINNED("hash", struct hopgate_connect_key, struct hopgate_connect_record, connects, CONNECTS_MAX,
+		 PINS "/connects");
 BPF_TABLE_PINNED("hash", struct hopgate_scope_key, u32, scope, SCOPE_MAX, PINS "/scope");
 BPF_TABLE_PINNED("hash", u64, u32, exempt, EXEMPT_MAX, PINS "/exempt");
 

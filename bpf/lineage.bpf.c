@@ -10,10 +10,11 @@
  * one, and so do its children; it is never given a guess. Failed inserts are counted.
  *
  * Dead nodes wait in a FIFO, so that the listener can still read the image of a client that connected and exited at
- * once. The queue holds one reference for each entry; when it is full, the oldest gives way.
+ * once. The queue holds one reference for each entry; when it is full, or when there is no room for a new node, the
+ * oldest gives way.
  *
- * Reference counting needs no fetch-and-add, which this compiler's instruction set lacks: several decrements may all read
- * a count below zero, but only one of them deletes the node, and only that one goes on to the parent.
+ * Reference counting needs no fetch-and-add, which this compiler's instruction set lacks: several decrements may all
+ * read a count below zero, but only one of them deletes the node, and only that one goes on to the parent.
  *
  * Blind spot: the path is what the caller passed to execve, and uid and cgroup are those at exec.
  */
@@ -35,13 +36,17 @@ BPF_QUEUESTACK_PINNED("queue", graveyard, u64, GRAVEYARD_MAX, 0, PINS "/graveyar
 
 /* Levels that one event releases; what is left of a longer chain goes through the graveyard. */
 #define RELEASE_MAX 16
+/* Dead nodes that are released early for one that finds no room. */
+#define ROOM_MAX 4
 
 #define PF_KTHREAD 0x00200000
 
 /*
- * The address of a field of a kernel structure, and its value; zero when it cannot be read. BCC optimises with the host's data layout and emits code with BPF's; where
- * a large structure has members that the two align differently, an address that the optimiser knows to be inside it comes out
- * wrong by some bytes (`mm->exe_file` by 16). So the offset is a number, and the optimiser may not know what it is added to.
+ * The address of a field of a kernel structure, and its value; zero when it cannot be read.
+ *
+ * BCC optimises with the host's data layout and emits code with BPF's. Where a large structure has members that the two
+ * align differently, an address that the optimiser knows to be inside it comes out wrong by some bytes (`mm->exe_file`
+ * by 16). So the offset is a number, and the optimiser may not know what it is added to.
  */
 #define KADDRESS(type, pointer, field)                                                                                 \
 	({                                                                                                             \
@@ -101,6 +106,19 @@ static inline void bury(u64 id)
 	}
 	count(COUNT_GRAVEYARD_FULL);
 	release(id);
+}
+
+/* The dead give way to the living when the table is full. */
+static inline void make_room(void)
+{
+	for (int entry = 0; entry < ROOM_MAX; entry++) {
+		u64 oldest = 0;
+
+		if (graveyard.pop(&oldest))
+			return;
+		count(COUNT_GRAVEYARD_CUT);
+		release(oldest);
+	}
 }
 
 /* The number of a process in the pid namespace at `level`; 0 when it is not visible there. */
@@ -201,8 +219,11 @@ static inline u64 make_node(u64 parent, struct linux_binprm *bprm)
 	}
 	/* too large for the stack: a blank one is inserted, and filled in before anybody can know its id */
 	if (nodes.insert(&id, template)) {
-		count(OVERFLOW_NODES);
-		return 0;
+		make_room();
+		if (nodes.insert(&id, template)) {
+			count(OVERFLOW_NODES);
+			return 0;
+		}
 	}
 	struct hopgate_node *node = nodes.lookup(&id);
 

@@ -38,6 +38,7 @@ COUNTERS = (
     "forged_marks",
     "graveyard_full",
     "connects",
+    "graveyard_cut",
 )
 OVERFLOWS = COUNTERS[:3]
 

@@ -212,12 +212,24 @@ def test_an_overflow_denies_and_says_so() -> None:
     """With more images than the table holds, the process that found no room is unlabelled, and so is what it starts."""
     sizes = kernel.MapSizes(procs=8192, nodes=700, graveyard=100, connects=1024)
     with bed("overflow", sizes) as made:
-        made.run(["/usr/bin/env"] * 800 + made.command("connect", tag="tag-full"))
+        made.run(["/usr/bin/env"] * 900 + made.command("connect", tag="tag-full"))
         _accepted, record = made.take()
         assert isinstance(record, kernel.Refused)
         assert "no lineage" in record.reason
         assert made.pins.overflowed()
         assert made.pins.counters()["overflow_nodes"] >= 1
+
+
+def test_dead_images_make_room() -> None:
+    """Far more images than the table holds, in chains that are longer than what one exit releases."""
+    sizes = kernel.MapSizes(procs=8192, nodes=1000, graveyard=100, connects=1024)
+    with bed("room", sizes) as made:
+        chain = " ".join(["/usr/bin/env"] * 50)
+        made.run(["/bin/sh", "-c", f"i=0; while [ $i -lt 60 ]; do {chain} /bin/true; i=$((i + 1)); done"])
+        made.run(made.command("connect", tag="tag-after"))
+        assert made.tags() == ["tag-after"]
+        assert not made.pins.overflowed()
+        assert made.pins.counters()["graveyard_cut"] > 0, "the table was never full: this test shows nothing"
 
 
 def test_a_chain_without_end_is_cut_off_alone(shared: Bed) -> None:
