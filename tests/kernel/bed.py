@@ -55,6 +55,7 @@ class Bed:
             listen_port=LISTEN_PORT,
             worker_cgroup=self.workers,
             sizes=sizes,
+            run_dir=Path("/run") / cgroup.name,
         )
         with namespaces.entered(netns):
             self.listener = socket.create_server(
@@ -73,6 +74,10 @@ class Bed:
         self.muster.close()
         with namespaces.entered(self.netns):
             kernel.cleanup(self.settings.pin_dir)
+        run_dir = Path("/run") / self.cgroup.name
+        if run_dir.exists():
+            # also shows that the loader left nothing in it
+            run_dir.rmdir()
 
     # --- clients ------------------------------------------------------------------------------------------------------
 
