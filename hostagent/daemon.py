@@ -1,8 +1,9 @@
 """Composition root of the host agent: what is started in which order, what is watched, and what stays when it ends.
 
-    policy, CA, store      nothing of the kernel is touched before these are there
-    kernel                 hooks attached and pinned (or found pinned), older processes seeded, rules in: from here on
-    closed listener, workers      connections are served once the workers are exempt from the redirect
+    policy, CA, store      nothing of the kernel is touched before these are there,
+    port, control socket   and these are ours
+    kernel                 hooks attached and pinned (or found pinned), older processes seeded, rules in: closed so far
+    listener, workers      connections are served once the workers are exempt from the redirect
     READY
 
 When the daemon ends, in whatever way, hooks and rules stay: connections are refused until it is back. `hopgate cleanup`
@@ -36,7 +37,7 @@ from hostagent.notify import notify, watchdog_interval_s
 from hostagent.policies import ActivePolicy, PolicyUnusable
 from hostagent.service import Misconduct, Service, memory_file
 from hostagent.settings import Settings
-from hostagent.workers import WorkerProcess, Workers
+from hostagent.workers import WorkerProcess, Workers, account
 from proxy import journal, ports
 from proxy.gateway.listener import BACKLOG, endpoint
 from proxy.model import Endpoint
@@ -61,8 +62,9 @@ class Daemon:
     async def serve(self) -> None:
         """Runs until it is told to stop. Raises `OperatorError` when it cannot start."""
         settings = self.settings
+        account(settings.worker_user)
         for directory in (settings.state_dir, settings.run_dir):
-            directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+            _make(directory)
         key = mask_key(settings.state_dir)
         self.policy = ActivePolicy(settings.policy_dir, key)
         try:
@@ -80,6 +82,8 @@ class Daemon:
         self.approvals.recover()
 
         listener = _listening_socket(settings.listen_port)
+        control = ControlServer(settings.control_socket, self)
+        control.claim()
         muster = socket.create_server(("127.0.0.1", 0))
         worker_cgroup = _worker_cgroup(settings)
         self._kernel_settings = kernel.Settings(
@@ -115,7 +119,6 @@ class Daemon:
                 find_worker=self.workers.running.get,
                 spawn=tasks.create_task,
             )
-            control = ControlServer(settings.control_socket, self)
             await control.start()
             loop = asyncio.get_running_loop()
             loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
@@ -257,14 +260,22 @@ def _listening_socket(port: int) -> socket.socket:
             dualstack_ipv6=ipv6,
         )
     except OSError as error:
-        raise OperatorError(f"cannot listen on port `{port}`: {error.strerror}: is another hopgate running?") from error
+        why = os.strerror(error.errno) if error.errno else str(error)
+        raise OperatorError(f"cannot listen on port `{port}`: {why}: is another hopgate running?") from error
 
 
 def _worker_cgroup(settings: Settings) -> Path:
     """The configured directory, or `workers` below the daemon's own cgroup."""
     directory = settings.worker_cgroup or kernel.own_cgroup() / "workers"
-    directory.mkdir(exist_ok=True)
+    _make(directory)
     return directory
+
+
+def _make(directory: Path) -> None:
+    try:
+        directory.mkdir(mode=0o755, parents=True, exist_ok=True)
+    except OSError as error:
+        raise OperatorError(f"cannot make directory `{directory}`: {error.strerror}") from error
 
 
 def run(settings: Settings) -> None:

@@ -21,6 +21,7 @@ from pathlib import Path
 
 import structlog
 
+from hostagent.errors import OperatorError
 from hostagent.settings import Settings
 from proxy import ports
 from proxy.gateway.channel import Channel, decoder
@@ -31,6 +32,19 @@ RESTART_DELAYS_S = (0.05, 0.2, 1.0, 5.0)
 """Waits before the next start, after deaths that follow each other within `STEADY_S`."""
 STEADY_S = 30.0
 STOP_TIMEOUT_S = 5.0
+
+
+def account(user: str) -> tuple[int, int]:
+    """The ids that workers run with. Raises `OperatorError` unless there is such a user, and it is unprivileged."""
+    try:
+        found = pwd.getpwnam(user)
+    except KeyError:
+        raise OperatorError(
+            f"worker_user `{user}` does not exist: make it (`systemd-sysusers`), or name another in the settings"
+        ) from None
+    if found.pw_uid == 0:
+        raise OperatorError(f"worker_user `{user}` is root: name an unprivileged user in the settings")
+    return found.pw_uid, found.pw_gid
 
 
 class WorkerProcess:
@@ -70,10 +84,7 @@ class Workers:
         self._on_message = on_message
         self._on_gone = on_gone
         self._stopping = asyncio.Event()
-        user = pwd.getpwnam(settings.worker_user)
-        if user.pw_uid == 0:
-            raise ValueError(f"worker_user `{settings.worker_user}` is root: name an unprivileged user")
-        self._uid, self._gid = user.pw_uid, user.pw_gid
+        self._uid, self._gid = account(settings.worker_user)
 
     async def supervise(self) -> None:
         """Runs `settings.workers` workers (0: one per core) until `stop`."""

@@ -60,12 +60,21 @@ class ControlServer:
         self._allowed_uid = allowed_uid
         self._connections = 0
         self._decode = msgspec.json.Decoder(messages.Request).decode
+        self._listener: socket.socket | None = None
         self._server: asyncio.Server | None = None
 
+    def claim(self) -> None:
+        """Takes the path; who asks waits until `start`. Raises `ControlUnavailable`, also when another daemon answers
+        there."""
+        self._listener = _listen(self._path)
+
     async def start(self) -> None:
-        """Raises `ControlUnavailable`, also when another daemon answers on the path."""
-        listener = _listen(self._path)
-        self._server = await asyncio.start_unix_server(self._connected, sock=listener, limit=messages.MAX_REQUEST)
+        """Serves; takes the path first, if that was not done. Raises `ControlUnavailable`."""
+        if self._listener is None:
+            self.claim()
+        self._server = await asyncio.start_unix_server(
+            self._connected, sock=self._listener, limit=messages.MAX_REQUEST
+        )
 
     async def stop(self) -> None:
         """Takes the socket away. Requests that are being answered are not waited for."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import socket
+from collections import deque
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, assert_never, cast
 
@@ -46,6 +47,7 @@ FLUSH_TIMEOUT_S = 10.0
 FLUSH_DELAY_S = 0.01
 """How long the record of what an operation came to may wait for company."""
 HINT_AUDIT = "nothing runs unrecorded: tell the operators of this runner (`hopgate status`)"
+HINT_TARGET = "tell the operators of this runner: the reason is in hopgate's log and in the session's recording"
 
 
 class Peer(asyncio.Protocol):
@@ -103,12 +105,15 @@ class Session:
         self._deadline: asyncio.TimerHandle | None = None
         self._audit_lost = ""
         self._backlog = 0
+        self._commands: deque[base.Command] = deque()
+        self._carrying_out = False
         self._paused: dict[Side, set[str]] = {Side.CLIENT: set(), Side.SERVER: set()}
         self._early: list[bytes] = []
         self._securing: Side | None = None
         self._flushing = False
         self._closing = False
         self._reason = ""
+        self._reaching = False
         self._finished = False
 
     # --- opening ------------------------------------------------------------------------------------------------------
@@ -123,12 +128,15 @@ class Session:
         sock = transport.get_extra_info("socket")
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         try:
-            peer, dialled = self.worker.endpoints(sock)
-            attributed, descriptor = await self.worker.link.attribute(peer, dialled)
-        except (OSError, ports.Unavailable) as error:
-            # not even a recording: the host agent logs what it refused, and there is nothing to say it to
+            peer, self._dialled = self.worker.endpoints(sock)
+        except OSError as error:
             log.error("connection dropped", why=tls.explain(error))
             self._drop()
+            return
+        try:
+            attributed, descriptor = await self.worker.link.attribute(peer, self._dialled)
+        except ports.Unavailable as error:
+            self._refuse_unrecorded(error)
             return
         self.id = attributed.session
         self.recording = Writer(
@@ -136,7 +144,6 @@ class Session:
         )
         self.worker.opened(self)
         self.chain = attributed.chain
-        self._dialled = dialled
         self.target = self.worker.targets.get(attributed.target)
         refusal = None
         if attributed.refusal:
@@ -145,14 +152,42 @@ class Session:
             refusal = base.Refusal(f"target `{attributed.target}` is not in the policy of this worker", "connect again")
         factory = registry.find(attributed.protocol)
         if factory is None:
-            self._close(f"no protocol for {dialled}: {attributed.refusal or 'refused'}")
+            self._close(f"no protocol for {self._dialled}: {attributed.refusal or 'refused'}")
             return
         self.machine = factory(offer_tls=self.worker.offer_tls, refusal=refusal)
         self._resume(Side.CLIENT, "opening")
         self._take_early(Side.CLIENT)
 
+    def _refuse_unrecorded(self, why: ports.Unavailable) -> None:
+        """Without a recording there is no session and no new certificate: what is left is to say so, over TLS only with
+        a certificate that is at hand."""
+        log.error("connection refused", dialled=str(self._dialled), why=str(why))
+        policy = self.worker.policy
+        target = policy.target_at(self._dialled)
+        factory = registry.find((target.protocol if target else policy.protocol_at(self._dialled.port)) or "")
+        if factory is None:
+            self._drop()
+            return
+        self.target = target
+        self.machine = factory(
+            offer_tls=self.worker.offer_tls and self.worker.can_serve(self._certificate_name),
+            refusal=base.Refusal(f"no connection to {self._dialled}: {why}", why.hint or HINT_AUDIT),
+        )
+        self._resume(Side.CLIENT, "opening")
+        self._take_early(Side.CLIENT)
+
+    @property
+    def _certificate_name(self) -> str:
+        return self.target.name if self.target is not None else self._dialled.address
+
     def _login_expired(self) -> None:
-        self.farewell("the login took too long", f"it has to be done in {LOGIN_TIMEOUT_S:g} s")
+        limit = f"it has to be done in {LOGIN_TIMEOUT_S:g} s"
+        if self._reaching and self.target is not None:
+            late = f"target `{self.target.name}` at {self._dialled} did not finish the login in time: {limit}"
+            self._note(late)
+            self.farewell(late, HINT_TARGET)
+        else:
+            self.farewell("the login took too long", limit)
 
     # --- what the sockets tell ----------------------------------------------------------------------------------------
 
@@ -189,6 +224,9 @@ class Session:
     def lost(self, side: Side) -> None:
         """One side's socket is gone."""
         if not self._closing:
+            # a reset comes without an end of file before it, and the other side has to hear of it all the same
+            if self.machine is not None and side is Side.SERVER:
+                self.ended(side)
             self._close(f"the {side.value} disconnected")
         if self.client.closed and (self.server is None or self.server.closed):
             self._finish()
@@ -202,42 +240,57 @@ class Session:
             self._resume(other, "congestion")
 
     def _violated(self, violation: base.PeerViolation) -> None:
+        who, hint = f"the {violation.side.value}", ""
+        if violation.side is Side.SERVER and self.target is not None:
+            who, hint = f"target `{self.target.name}` at {self._dialled}", HINT_TARGET
         log.warning("peer violation", session=self.id, side=violation.side.value, what=str(violation))
-        self._note(f"the {violation.side.value} broke the protocol: {violation}")
-        self.farewell(f"the {violation.side.value} broke the protocol: {violation}", "")
+        self._note(f"{who} broke the protocol: {violation}")
+        self.farewell(f"{who} broke the protocol: {violation}", hint)
 
     # --- what the machine wants ---------------------------------------------------------------------------------------
 
     def _carry_out(self, commands: base.Commands) -> None:
-        for command in commands:
-            match command:
-                case base.Send(side, data):
-                    self._send(side, data)
-                case base.AskRuling():
-                    self._rule(command)
-                case base.Completed():
-                    self._complete(command)
-                case base.AskLogin():
-                    self._start(self._log_in(command))
-                case base.AskCancel():
-                    self._start(self._pass_cancel(command))
-                case base.Connect():
-                    self._start(self._connect())
-                case base.StartTls(side):
-                    # the client's first bytes of TLS are not for us, and come as soon as it is told to go on
-                    self._pause(side, "tls")
-                    self._securing = side
-                    self._start(self._secure_client() if side is Side.CLIENT else self._secure_server())
-                case base.Authenticated():
-                    self._logged_in()
-                case base.Learned(derived):
-                    self._derived = derived
-                    if self.judge is not None:
-                        self.judge = self.judge.with_derived(derived)
-                case base.Close(reason):
-                    self._close(reason)
-                case _:
-                    assert_never(command)
+        """One after the other: what a ruling leads to waits its turn, since a pipeline may ask for thousands."""
+        self._commands.extend(commands)
+        if self._carrying_out:
+            return
+        self._carrying_out = True
+        try:
+            while self._commands:
+                self._carry_out_one(self._commands.popleft())
+        finally:
+            self._carrying_out = False
+            self._commands.clear()
+
+    def _carry_out_one(self, command: base.Command) -> None:
+        match command:
+            case base.Send(side, data):
+                self._send(side, data)
+            case base.AskRuling():
+                self._rule(command)
+            case base.Completed():
+                self._complete(command)
+            case base.AskLogin():
+                self._start(self._log_in(command))
+            case base.AskCancel():
+                self._start(self._pass_cancel(command))
+            case base.Connect():
+                self._start(self._connect())
+            case base.StartTls(side):
+                # the client's first bytes of TLS are not for us, and come as soon as it is told to go on
+                self._pause(side, "tls")
+                self._securing = side
+                self._start(self._secure_client() if side is Side.CLIENT else self._secure_server())
+            case base.Authenticated():
+                self._logged_in()
+            case base.Learned(derived):
+                self._derived = derived
+                if self.judge is not None:
+                    self.judge = self.judge.with_derived(derived)
+            case base.Close(reason):
+                self._close(reason)
+            case _:
+                assert_never(command)
 
     def _complete(self, done: base.Completed) -> None:
         """What an operation came to is written a little later, in one go with others: it has happened already."""
@@ -370,7 +423,7 @@ class Session:
         self.worker.link.alert(self.id, f"the recording cannot be written: {error}")
 
     def _note(self, text: str) -> None:
-        if self.recording is not None and not self._audit_lost:
+        if self.recording is not None and not self._audit_lost and not self._finished:
             try:
                 self.recording.alert(text)
             except AuditUnavailable as error:
@@ -416,6 +469,7 @@ class Session:
         )
 
     def _logged_in(self) -> None:
+        self._reaching = False
         if self._deadline is not None:
             self._deadline.cancel()
             self._deadline = None
@@ -430,11 +484,11 @@ class Session:
 
     async def _connect(self) -> None:
         assert self.target is not None
+        self._reaching = True
         self.server = Peer(self, Side.SERVER)
         try:
             await upstream.dial(self.target, self._dialled, self.server)
         except upstream.UpstreamError as error:
-            self.server = None
             self._fail_upstream(error)
             return
         self._notify(base.UpstreamReady())
@@ -455,29 +509,35 @@ class Session:
 
     def _fail_upstream(self, error: upstream.UpstreamError) -> None:
         self._securing = None
-        log.error("target failed", session=self.id, why=str(error))
+        self.server = None
         self._note(str(error))
         self._notify(base.UpstreamFailed(str(error)))
 
     async def _secure_client(self) -> None:
         assert self.client.transport is not None
         try:
-            name = self.target.name if self.target is not None else self._dialled.address
-            context = await self.worker.serving_context(self.id, name)
+            context = await self.worker.serving_context(self.id, self._certificate_name)
             async with asyncio.timeout(upstream.HANDSHAKE_TIMEOUT_S):
                 secured = await asyncio.get_running_loop().start_tls(
                     self.client.transport, self.client, context, server_side=True
                 )
         except (OSError, ports.Unavailable) as error:
             self._note(f"no TLS with the client: {tls.explain(error)}")
-            self._close(f"no TLS with the client: {tls.explain(error)}")
+            self._lose_client(f"no TLS with the client: {tls.explain(error)}")
             return
         if secured is None:
-            self._close("the client left during the TLS handshake")
+            self._lose_client("the client left during the TLS handshake")
             return
         self.client.transport = secured
         secured.set_write_buffer_limits(high=HIGH_WATER)
         self._notify_secured(base.ClientSecured())
+
+    def _lose_client(self, reason: str) -> None:
+        """After a handshake that failed nobody tells that the socket is gone."""
+        assert self.client.transport is not None
+        self.client.transport.abort()
+        self.client.closed = True
+        self._close(reason)
 
     def _notify_secured(self, event: base.Event) -> None:
         """What came in before the machine knew of the handshake's end is given to it afterwards."""
@@ -527,6 +587,8 @@ class Session:
             return
         self._closing = True
         self._reason = reason
+        if self._reaching and self.target is not None:
+            log.error("login failed", session=self.id, target=self.target.name, why=reason)
         if self._deadline is not None:
             self._deadline.cancel()
         if self._task is not None and self._task is not asyncio.current_task():
@@ -536,7 +598,7 @@ class Session:
         loop = asyncio.get_running_loop()
         # not from inside a read of the same transport: uvloop's TLS reads on while it closes
         loop.call_soon(self._close_transports)
-        loop.call_later(FLUSH_TIMEOUT_S, self._drop)
+        loop.call_later(FLUSH_TIMEOUT_S, self._give_up)
         if self.client.closed and (self.server is None or self.server.closed):
             self._finish()
 
@@ -559,6 +621,11 @@ class Session:
         for peer in (self.client, self.server):
             if peer is not None and peer.transport is not None and not peer.closed:
                 peer.transport.abort()
+
+    def _give_up(self) -> None:
+        """Whatever became of the sockets, the recording gets its end."""
+        self._drop()
+        self._finish()
 
     def _finish(self) -> None:
         """Both sockets are gone: the recording is completed, and the host agent is told."""

@@ -68,7 +68,7 @@ def end_point_binding(certificate_der: bytes) -> bytes:
 def explain(error: Exception) -> str:
     """An `ssl` or socket error in words for an operator, without the library's source positions."""
     if isinstance(error, ssl.SSLCertVerificationError):
-        return f"its certificate was not accepted: {error.verify_message}"
+        return f"its certificate was not accepted: {error.verify_message.rstrip('.')}"
     if isinstance(error, ssl.SSLError):
         return f"TLS failed: {(error.reason or str(error)).lower().replace('_', ' ')}"
     if isinstance(error, TimeoutError):

@@ -49,6 +49,7 @@ async def secure(
                 transport, protocol, _context(target), server_hostname=target.server_name or endpoint.address
             )
     except (OSError, ssl.SSLError, ValueError) as error:
+        transport.abort()
         raise UpstreamError(f"target `{target.name}` at {endpoint}: {tls.explain(error)}") from error
     if secured is None:
         raise UpstreamError(f"target `{target.name}` at {endpoint} closed the connection during the TLS handshake")

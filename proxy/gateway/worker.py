@@ -83,14 +83,24 @@ class Worker:
     async def serving_context(self, session: str, name: str) -> ssl.SSLContext:
         """The TLS context that stands, towards the client, for what the session dialled: `name` is the target's name or
         the bare address. Raises `ports.Unavailable`."""
-        not_after, context = self._contexts.get(name, (0.0, None))
-        if context is None or not_after < time.time() + CERTIFICATE_SLACK_S:
+        context = self._kept_context(name)
+        if context is None:
+            if not session:
+                raise ports.Unavailable("there is no certificate without a session")
             certificate, descriptor = await self.link.certificate(session)
             context = tls.server_context(descriptor)
             if len(self._contexts) >= MAX_CONTEXTS:
                 self._contexts.clear()
             self._contexts[name] = (certificate.not_after_s, context)
         return context
+
+    def can_serve(self, name: str) -> bool:
+        """Whether `serving_context` needs to ask nobody."""
+        return self._kept_context(name) is not None
+
+    def _kept_context(self, name: str) -> ssl.SSLContext | None:
+        not_after, context = self._contexts.get(name, (0.0, None))
+        return context if not_after >= time.time() + CERTIFICATE_SLACK_S else None
 
     def pushed(self, message: ports.Push, descriptors: list[int]) -> None:
         """What the host agent says unasked."""

@@ -68,6 +68,8 @@ from proxy.protocols.postgres.upstream import Upstream, UpstreamRefused
 
 CANCEL_KEY_BYTES = 8
 """Process id and secret of protocol 3.0, which is all that a client ever got from us."""
+HINT_CREDENTIAL = "the credential is the gateway's own: tell the operators of this host"
+HINT_TARGET = "tell the operators of this host: the target's address, its TLS and its CA are in their policy"
 
 
 class State(enum.Enum):
@@ -125,13 +127,14 @@ class PostgresMachine:
         if self._state is State.CLOSED:
             return []
         if side is Side.SERVER:
-            return self._fail("08006", f"{self._target_words()} closed the connection during the login")
+            return self._fail("08006", f"{self._target_words()} closed the connection during the login", HINT_TARGET)
         return self._close(reason)
 
     def answer(self, ask: Ask, reply: Reply) -> list[Command]:
+        relay = self._relay
+        if relay is not None and isinstance(ask, AskRuling) and isinstance(reply, Ruling):
+            return relay.answer(ask, reply)
         match ask, reply:
-            case AskRuling(), Ruling() if self._relay is not None:
-                return self._relay.answer(ask, reply)
             case AskRuling(), Ruling() if self._state is State.CLOSED:
                 return []
             case (AskLogin(), Login() | Refusal()) | (AskCancel(), Cancelled()):
@@ -168,7 +171,7 @@ class PostgresMachine:
                     raise ValueError(f"no connection was asked for (state `{self._state.value}`)")
                 return self._reach(self._upstream.stands(event))
             case UpstreamFailed(message):
-                return self._fail("08006", message)
+                return self._fail("08006", message, HINT_TARGET)
 
     def notice(self, message: str, hint: str = "") -> list[Command]:
         if self._relay is not None:
@@ -283,7 +286,7 @@ class PostgresMachine:
             try:
                 return self._reach(self._upstream.receive(bytes(data)))
             except UpstreamRefused as refusal:
-                return self._fail("08006", str(refusal))
+                return self._fail("08006", str(refusal), HINT_TARGET)
         if self._state not in (State.LOGGING_IN, State.SETTLING, State.LEARNING):
             raise PeerViolation("the server spoke before it was spoken to", Side.SERVER)
         self._reply += data
@@ -342,7 +345,8 @@ class PostgresMachine:
         try:
             reply = self._server_login.answer(body)
         except LoginRefused as refusal:
-            return self._fail("28000", f"gateway could not log in to {self._target_words()}: {refusal}")
+            message = f"gateway could not log in to {self._target_words()}: {refusal}"
+            return self._fail("28000", message, HINT_CREDENTIAL)
         if self._server_login.accepted:
             self._state = State.SETTLING
         return [Send(Side.SERVER, reply)] if reply else []
@@ -370,7 +374,7 @@ class PostgresMachine:
             text = text.replace(self._login.password, "<redacted>")
         hint = ""
         if code.startswith("28"):
-            code, hint = "28000", "the credential is the gateway's own: tell the operators of this host"
+            code, hint = "28000", HINT_CREDENTIAL
         return self._fail(code or "08006", f"gateway could not log in to {self._target_words()}: {text}", hint)
 
     def _settled(self, status: bytes) -> list[Command]:
