@@ -1,1 +1,2 @@
-"""The host agent: kernel side, attribution, credentials, approvals, audit; supervises the proxy workers. Runs as root."""
+"""The host agent: kernel side, attribution, credentials, approvals, audit; supervises the proxy workers. Runs as
+root."""

@@ -40,11 +40,13 @@ from hostagent.settings import Settings
 from hostagent.workers import WorkerProcess, Workers, account
 from proxy import journal, ports
 from proxy.gateway.listener import BACKLOG, endpoint
-from proxy.model import Endpoint
+from proxy.model import Chain, Endpoint
 
 log = structlog.get_logger()
 
 SWEEP_INTERVAL_S = 5.0
+INITIAL_PID_NAMESPACE = 0xEFFFFFFC
+"""Inode of the first pid namespace (include/linux/proc_ns.h, PROC_PID_INIT_INO)."""
 RECORD_AGE_S = 30.0
 """How long a connection may wait to be accepted before its record of who it is counts as stale."""
 
@@ -140,6 +142,18 @@ class Daemon:
 
     # --- what the control socket asks ---------------------------------------------------------------------------------
 
+    def check_approver(self, pid: int) -> None:
+        """A process below an agent may not approve. In a pid namespace of our own the kernel's process ids are not
+        ours: there the lineage of a caller cannot be told, and being root has to do."""
+        if os.stat("/proc/self/ns/pid").st_ino != INITIAL_PID_NAMESPACE:
+            return
+        chain = self._attribution.of_process(pid)
+        if not isinstance(chain, Chain):
+            raise OperatorError(f"who approves has to be known: {chain.reason}")
+        if chain.hops:
+            log.error("agent tried to approve", chain=str(chain), pid=pid)
+            raise OperatorError(f"agents may not approve: process `{pid}` runs under {chain}; ask a human")
+
     def status(self) -> dict[str, object]:
         """What `hopgate status` shows."""
         return {
@@ -226,9 +240,13 @@ class Daemon:
         )
 
     async def _sweep(self) -> None:
+        lost = False
         while True:
             await asyncio.sleep(SWEEP_INTERVAL_S)
             self.pins.sweep(RECORD_AGE_S)
+            if self.pins.overflowed() and not lost:
+                lost = True
+                log.error("processes or connections lost their label and are denied", kernel=self.pins.counters())
 
     async def _tell_when_ready(self) -> None:
         await self._serving.wait()

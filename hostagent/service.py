@@ -15,6 +15,7 @@ from typing import Any, assert_never
 import structlog
 
 from hostagent.attribution import Attribution, Refused
+from hostagent.attribution.secrecy import recordable
 from hostagent.cancels import CancelTable, CancelTableFull, Holder
 from hostagent.certificates import HostAuthority
 from hostagent.control.approvals import Approvals
@@ -124,7 +125,9 @@ class Service:
         policy = self._policy.compiled
         outcome = self._attribution.attribute(request.peer, request.dialled)
         chain, refusal, hint = (
-            (outcome, "", "") if isinstance(outcome, Chain) else (None, _why(outcome), HINT_UNATTRIBUTED)
+            (recordable(outcome), "", "")
+            if isinstance(outcome, Chain)
+            else (None, _why(outcome), HINT_UNATTRIBUTED)
         )
         target = policy.target_at(request.dialled)
         if not refusal and target is None:

@@ -24,11 +24,19 @@ class Attribution:
             taken = self._pins.take(peer, dialled)
             if isinstance(taken, Refused):
                 return taken
-            lineage = self._pins.lineage(taken.node)
+            return self._chain(taken.node, taken.tgid)
         except OSError as error:
             return Refused(f"the kernel's records cannot be read: {error.strerror or error}")
+
+    def of_process(self, tgid: int) -> Chain | Refused:
+        """The chain of a living process, by its id in the initial pid namespace. Raises `OSError`."""
+        node = self._pins.node_of(tgid)
+        return Refused(f"process `{tgid}` has no lineage") if node is None else self._chain(node, tgid)
+
+    def _chain(self, node: int, tgid: int) -> Chain | Refused:
+        lineage = self._pins.lineage(node)
         if lineage is None:
-            return Refused(f"the lineage of process `{taken.tgid}` is incomplete: the process ended too long ago")
+            return Refused(f"the lineage of process `{tgid}` is incomplete: the process ended too long ago")
         try:
             return build_chain(lineage, self.agents.match)
         except Undecidable as error:

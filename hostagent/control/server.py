@@ -43,6 +43,10 @@ class Handler(Protocol):
     @property
     def approvals(self) -> Approvals: ...
 
+    def check_approver(self, pid: int) -> None:
+        """Raises `OperatorError` when this process may not approve anything: an agent that is root could otherwise
+        approve what it asks for itself."""
+
     def status(self) -> dict[str, object]:
         """Names and values that JSON can carry."""
 
@@ -117,6 +121,7 @@ class ControlServer:
     def _meet(self, request: messages.Request, pid: int) -> messages.Answer:
         match request:
             case messages.Approve(approval=approval, reason=reason):
+                self._handler.check_approver(pid)
                 return self._decide(approval, True, reason, pid)
             case messages.Deny(approval=approval, reason=reason):
                 return self._decide(approval, False, reason, pid)

@@ -1,1 +1,2 @@
-"""What tests stand on: network namespaces, cgroups, servers, machines, a running gateway. Real ones, made and removed here."""
+"""What tests stand on: network namespaces, cgroups, servers, machines, a running gateway. Real ones, made and removed
+here."""

@@ -1,4 +1,5 @@
-"""The nested-agents scenario in a lab: the runner in one network namespace, a real PostgreSQL with TLS and SCRAM in another.
+"""The nested-agents scenario in a lab: the runner in one network namespace, a real PostgreSQL with TLS and SCRAM in
+another.
 
 `scripts/demo` runs it. Needs root, and leaves nothing behind.
 """

@@ -124,7 +124,7 @@ class Gateway:
         `check`."""
         command = [sys.executable, "-I", "-m", "hostagent.cli", *arguments, "--config", str(self.config)]
         done = subprocess.run(
-            ["ip", "netns", "exec", self.namespace, *command],
+            ["nsenter", f"--net=/run/netns/{self.namespace}", *command],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,

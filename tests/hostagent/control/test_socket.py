@@ -30,6 +30,11 @@ class Daemon:
     def __init__(self, store: Store) -> None:
         self.approvals = Approvals(store)
         self.problem = ""
+        self.agents: set[int] = set()
+
+    def check_approver(self, pid: int) -> None:
+        if pid in self.agents:
+            raise OperatorError(f"process `{pid}` runs under agent `b`")
 
     def status(self) -> dict[str, object]:
         return {"policy": "v1", "workers": 2, "targets": ["orders"]}
