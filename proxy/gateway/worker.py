@@ -38,6 +38,7 @@ log = structlog.get_logger()
 
 PR_SET_PDEATHSIG = 1
 PR_SET_NO_NEW_PRIVS = 38
+CAPABILITIES_V3 = 0x20080522
 M_MMAP_THRESHOLD = -3
 M_TRIM_THRESHOLD = -1
 MAX_POLICY = 64 * 1024 * 1024
@@ -80,27 +81,17 @@ class Worker:
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return self._tasks.create_task(work)
 
-    async def serving_context(self, session: str, name: str) -> ssl.SSLContext:
+    async def serving_context(self, session: str, name: str, dialled: Endpoint) -> ssl.SSLContext:
         """The TLS context that stands, towards the client, for what the session dialled: `name` is the target's name or
         the bare address. Raises `ports.Unavailable`."""
-        context = self._kept_context(name)
-        if context is None:
-            if not session:
-                raise ports.Unavailable("there is no certificate without a session")
-            certificate, descriptor = await self.link.certificate(session)
+        not_after, context = self._contexts.get(name, (0.0, None))
+        if context is None or not_after < time.time() + CERTIFICATE_SLACK_S:
+            certificate, descriptor = await self.link.certificate(session, dialled)
             context = tls.server_context(descriptor)
             if len(self._contexts) >= MAX_CONTEXTS:
                 self._contexts.clear()
             self._contexts[name] = (certificate.not_after_s, context)
         return context
-
-    def can_serve(self, name: str) -> bool:
-        """Whether `serving_context` needs to ask nobody."""
-        return self._kept_context(name) is not None
-
-    def _kept_context(self, name: str) -> ssl.SSLContext | None:
-        not_after, context = self._contexts.get(name, (0.0, None))
-        return context if not_after >= time.time() + CERTIFICATE_SLACK_S else None
 
     def pushed(self, message: ports.Push, descriptors: list[int]) -> None:
         """What the host agent says unasked."""
@@ -182,6 +173,8 @@ def _confine(parent: int, uid: int, gid: int) -> None:
         os.setgroups([])
         os.setresgid(gid, gid, gid)
         os.setresuid(uid, uid, uid)
+        # systemd 257 gives a service its capabilities as inheritable too, and those survive the change of user
+        libc.capset((ctypes.c_uint32 * 2)(CAPABILITIES_V3, 0), (ctypes.c_uint32 * 6)())
     # a change of user clears the death signal: it is set afterwards
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
