@@ -19,7 +19,7 @@ import secrets
 import socket
 from collections import deque
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, assert_never, cast
+from typing import TYPE_CHECKING, Any, Final, assert_never, cast
 
 import structlog
 
@@ -46,6 +46,10 @@ FLUSH_TIMEOUT_S = 10.0
 """How long a closed session may take to deliver its last bytes."""
 FLUSH_DELAY_S = 0.01
 """How long the record of what an operation came to may wait for company."""
+# looked up once: members of an enum cost as much as a function call
+_CLIENT: Final = Side.CLIENT
+_HOLD: Final = Decision.HOLD
+_DENY: Final = Decision.DENY
 HINT_AUDIT = "nothing runs unrecorded: tell the operators of this runner (`hopgate status`)"
 HINT_TARGET = "tell the operators of this runner: the reason is in hopgate's log and in the session's recording"
 
@@ -58,6 +62,20 @@ class Peer(asyncio.Protocol):
         self.side = side
         self.transport: asyncio.Transport | None = None
         self.closed = False
+        self._outbox: list[base.Buffer] = []
+
+    def send(self, data: base.Buffer) -> None:
+        """Leaves with the next `deliver`."""
+        self._outbox.append(data)
+
+    def deliver(self) -> None:
+        """What one event led to goes out in one write: a packet costs more than what is in it."""
+        outbox = self._outbox
+        if outbox:
+            data = outbox[0] if len(outbox) == 1 else b"".join(outbox)
+            outbox.clear()
+            if self.transport is not None and not self.closed:
+                self.transport.write(data)
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
@@ -159,8 +177,7 @@ class Session:
         self._take_early(Side.CLIENT)
 
     def _refuse_unrecorded(self, why: ports.Unavailable) -> None:
-        """Without a recording there is no session and no new certificate: what is left is to say so, over TLS only with
-        a certificate that is at hand."""
+        """Without a recording there is no session: what is left is to say so, over TLS where a target was dialled."""
         log.error("connection refused", dialled=str(self._dialled), why=str(why))
         policy = self.worker.policy
         target = policy.target_at(self._dialled)
@@ -170,15 +187,11 @@ class Session:
             return
         self.target = target
         self.machine = factory(
-            offer_tls=self.worker.offer_tls and self.worker.can_serve(self._certificate_name),
+            offer_tls=self.worker.offer_tls and target is not None,
             refusal=base.Refusal(f"no connection to {self._dialled}: {why}", why.hint or HINT_AUDIT),
         )
         self._resume(Side.CLIENT, "opening")
         self._take_early(Side.CLIENT)
-
-    @property
-    def _certificate_name(self) -> str:
-        return self.target.name if self.target is not None else self._dialled.address
 
     def _login_expired(self) -> None:
         limit = f"it has to be done in {LOGIN_TIMEOUT_S:g} s"
@@ -205,7 +218,7 @@ class Session:
         except base.PeerViolation as violation:
             self._violated(violation)
             return
-        if side is Side.CLIENT and machine.unanswered:
+        if side is _CLIENT and machine.unanswered:
             self._backlog += len(data)
             if self._backlog > BACKLOG:
                 self._pause(Side.CLIENT, "backlog")
@@ -261,11 +274,16 @@ class Session:
         finally:
             self._carrying_out = False
             self._commands.clear()
+            if self.server is not None:
+                self.server.deliver()
+            self.client.deliver()
 
     def _carry_out_one(self, command: base.Command) -> None:
         match command:
-            case base.Send(side, data):
-                self._send(side, data)
+            case base.Send():
+                peer = self.client if command.side is _CLIENT else self.server
+                if peer is not None:
+                    peer.send(command.data)
             case base.AskRuling():
                 self._rule(command)
             case base.Completed():
@@ -310,11 +328,6 @@ class Session:
         except AuditUnavailable as error:
             self._lose_audit(error)
 
-    def _send(self, side: Side, data: base.Buffer) -> None:
-        peer = self.client if side is Side.CLIENT else self.server
-        if peer is not None and peer.transport is not None and not peer.closed:
-            peer.transport.write(data)
-
     def _answer(self, ask: base.Ask, reply: base.Reply) -> None:
         machine = self.machine
         if machine is None or self._closing:
@@ -343,7 +356,7 @@ class Session:
         self.operations += 1
         assert self.judge is not None
         ruling = self.judge.decide(ask.operation)
-        if ruling.decision is Decision.HOLD:
+        if ruling.decision is _HOLD:
             self._start(self._hold(ask, ruling))
         else:
             self._answer_recorded(ask, ruling)
@@ -358,7 +371,7 @@ class Session:
             except AuditUnavailable as error:
                 self._lose_audit(error)
                 ruling = _unrecordable(ruling, self._audit_lost)
-        if ruling.decision is Decision.DENY:
+        if ruling.decision is _DENY:
             self.denied += 1
         self._answer(ask, ruling)
 
@@ -516,7 +529,8 @@ class Session:
     async def _secure_client(self) -> None:
         assert self.client.transport is not None
         try:
-            context = await self.worker.serving_context(self.id, self._certificate_name)
+            name = self.target.name if self.target is not None else self._dialled.address
+            context = await self.worker.serving_context(self.id, name, self._dialled)
             async with asyncio.timeout(upstream.HANDSHAKE_TIMEOUT_S):
                 secured = await asyncio.get_running_loop().start_tls(
                     self.client.transport, self.client, context, server_side=True

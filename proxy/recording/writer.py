@@ -29,6 +29,7 @@ from proxy.recording.records import (
     Login,
     Ruled,
     encode,
+    line,
 )
 
 _CACHE_BYTES = 16 * 1024 * 1024
@@ -204,15 +205,13 @@ class Writer:
             batch = self._waiting if data is None else [*self._waiting, data]
             lines = bytearray()
             for each in batch:
-                link = sha256(digest + each)
-                digest = link.digest()
-                lines += b"%b %b\n" % (link.hexdigest().encode(), each)
+                digest = sha256(digest + each).digest()
+                lines += line(digest, each)
         else:
             assert data is not None
             batch = (data,)
-            link = sha256(digest + data)
-            digest = link.digest()
-            lines = b"%b %b\n" % (link.hexdigest().encode(), data)
+            digest = sha256(digest + data).digest()
+            lines = line(digest, data)
         size = len(lines)
         if data is not None and len(data) + LINE_OVERHEAD > MAX_LINE:
             raise self._die(f"a record of `{len(data)}` bytes exceeds `{MAX_LINE}`")
@@ -222,7 +221,7 @@ class Writer:
             raise self._die(error.strerror or str(error)) from error
         if written != size:
             self._advance(written, batch)
-            raise self._die(f"only `{written}` of `{size}` bytes could be written")
+            raise self._die(f"only `{written}` of `{size}` bytes could be written: is the disk full?")
         self.digest = digest
         self.records += len(batch)
         if self._waiting:

@@ -6,15 +6,15 @@
     namespace runner (hooked cgroup, rules)                            /
         pgbench --redirect--> hopgate ------ wire ---------------------
 
-Every workload runs on all routes in turn, in several rounds whose order rotates; a figure is the median of its rounds. The
-server asks for SCRAM; PgBouncer (session mode) and Hopgate hold the credential, so their clients give none. Hopgate
-attributes, judges and records, as it does in production. The target's addresses differ, so that one policy has a
+Every workload runs on all routes in turn, in several rounds whose order rotates; a figure is the median of its rounds.
+The server asks for SCRAM; PgBouncer (session mode) and Hopgate hold the credential, so their clients give none. Hopgate
+attributes, judges and records, as it does in production. The database has several addresses, so that one policy has a
 target without TLS, one with TLS, and one with a masked column.
 
 CPU is user and system time of the route's own processes (`/proc/PID/stat`): PgBouncer; workers and host agent.
 
-That routes are what they claim is checked on every run: sessions recorded by Hopgate grow with the clients of its own route,
-and with no other.
+That routes are what they claim is checked on every run: sessions recorded by Hopgate grow with the clients of its own
+route, and with no other.
 
 Blind spots: clients, routes and server share the cores, so a rate tells of the whole machine; the kernel's work for
 redirect and hooks is in no process's CPU figure; nothing leaves the machine, so there is no network to wait for.

@@ -1,7 +1,7 @@
 """A PostgreSQL client that does nothing with a large result but count its bytes: `bulk.py HOST PORT DATABASE USER SQL`.
 
-It prints the bytes of the reply and the seconds from the query to ReadyForQuery. libpq would parse each row, and the bench
-would measure libpq. The password, where one is asked for, is `PGPASSWORD`; SCRAM-SHA-256 only, no TLS.
+It prints the bytes of the reply and the seconds from the query to ReadyForQuery. libpq would parse each row, and the
+bench would measure libpq. The password, where one is asked for, is `PGPASSWORD`; SCRAM-SHA-256 only, no TLS.
 """
 
 from __future__ import annotations

@@ -31,6 +31,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import struct
+from typing import Final
 
 from proxy.model import Ruling
 from proxy.protocols.base import (
@@ -66,6 +67,7 @@ from proxy.protocols.postgres.relay import Relay
 from proxy.protocols.postgres.startup import StartupRefused, StartupRequest, encoding_codec, read_request
 from proxy.protocols.postgres.upstream import Upstream, UpstreamRefused
 
+_SERVER: Final = Side.SERVER
 CANCEL_KEY_BYTES = 8
 """Process id and secret of protocol 3.0, which is all that a client ever got from us."""
 HINT_CREDENTIAL = "the credential is the gateway's own: tell the operators of this host"
@@ -112,7 +114,7 @@ class PostgresMachine:
     def receive(self, side: Side, data: Buffer) -> list[Command]:
         relay = self._relay
         if relay is not None:
-            return relay.receive_server(data) if side is Side.SERVER else relay.receive_client(data)
+            return relay.receive_server(data) if side is _SERVER else relay.receive_client(data)
         if self._state is State.CLOSED:
             return []
         return self._receive_client(data) if side is Side.CLIENT else self._receive_server(data)

@@ -43,6 +43,8 @@ EXECUTE: Final = 6
 CLOSE: Final = 7
 COPY_END: Final = 8
 
+_NAMING = frozenset({PARSE, BIND, CLOSE})
+"""What changes the meaning of names."""
 _WORDS = ("Query", "Sync", "Parse", "Bind", "Describe", "Describe", "Execute", "Close", "CopyDone")
 
 
@@ -98,7 +100,8 @@ class Pipeline:
     def expect(self, entry: Expected) -> None:
         """A message was passed on; `statements` and `portals` are what they will be if nothing fails before it."""
         self.queue.append(entry)
-        self._apply(entry)
+        if entry.kind in _NAMING:
+            self._apply(entry)
 
     def _apply(self, entry: Expected) -> None:
         if entry.kind == BIND:
@@ -120,9 +123,16 @@ class Pipeline:
         """After entries were dropped or names ended: what is confirmed, and what is still on its way."""
         self.statements = dict(self._confirmed_statements)
         self.prepared_bytes = sum(statement.size for statement in self.statements.values())
+        self._expect_portals_anew()
+        for entry in self.queue:
+            if entry.portal is None:
+                self._apply(entry)
+
+    def _expect_portals_anew(self) -> None:
         self.portals = dict(self._confirmed_portals)
         for entry in self.queue:
-            self._apply(entry)
+            if entry.portal is not None:
+                self._apply(entry)
 
     def end_copy(self) -> None:
         """The client ended the copy that it is in, or will be in."""
@@ -163,7 +173,8 @@ class Pipeline:
         head = self.head()
         if head.kind != kind:
             raise PeerViolation(f"the server replied to {_WORDS[kind]} where {_WORDS[head.kind]} is next", Side.SERVER)
-        self.require_allowed(head)
+        if head.denial is not None:
+            self.require_allowed(head)
         return self.queue.popleft()
 
     def require_allowed(self, head: Expected) -> None:
@@ -189,12 +200,14 @@ class Pipeline:
         if head.kind > SYNC:
             raise PeerViolation(f"the server is ready where the reply to {_WORDS[head.kind]} is next", Side.SERVER)
         self.require_allowed(head)
-        self.queue.popleft()
-        self.first()
+        queue = self.queue
+        queue.popleft()
+        if queue:
+            self.first()
         self.copying = False
         if idle and self._confirmed_portals:
             self._confirmed_portals = {}
-            self._expect_anew()
+            self._expect_portals_anew()
         return head
 
     def skip(self) -> list[Expected]:

@@ -80,6 +80,10 @@ _CLIENT_LIMITS = {
 """The client's message types, and the length of each."""
 
 _length = struct.Struct(">I").unpack_from
+# looked up once: members of an enum cost as much as a function call
+_ALLOW: Final = Decision.ALLOW
+_CLIENT: Final = Side.CLIENT
+_SERVER: Final = Side.SERVER
 
 
 class _Step(enum.Enum):
@@ -122,6 +126,8 @@ class Relay:
         self._through = 0
         self._through_drops = False
         self._streams_up = frozenset((_d, _f, _B) if catalog is None else (_d, _f))
+        self._limits = _CLIENT_LIMITS if catalog is None else _CLIENT_LIMITS | {_B: MAX_STATEMENT}
+        self._halts = frozenset(b"QEPF" if catalog is None else b"QEPFB")
         self._last_ask = 0
         self._asked: AskRuling | None = None
         self._asked_entry = Expected(QUERY)
@@ -188,7 +194,7 @@ class Relay:
         if self._pipeline.skipping:
             out.append(Completed(ask.id, error=NOT_RUN))
             self._approved = stop
-        elif ruling.decision is Decision.ALLOW and not ask.operation.unclassified:
+        elif ruling.decision is _ALLOW and not ask.operation.unclassified:
             if entry.kind == EXECUTE and self._catalog is not None:
                 out.append(Send(Side.SERVER, messages.describe(b"P", entry.name)))
                 self._pipeline.expect(Expected(DESCRIBE_PORTAL, hidden=True, portal=entry.portal))
@@ -225,6 +231,8 @@ class Relay:
         position = self._position
         approved = self._approved
         queue = self._pipeline.queue
+        limits = self._limits
+        halts = self._halts
         while True:
             end = len(data)
             needed = 5
@@ -232,9 +240,10 @@ class Relay:
                 kind = data[position]
                 size = _length(data, position + 1)[0]
                 stop = position + 1 + size
-                if kind not in _CLIENT_LIMITS or size < 4:
+                limit = limits.get(kind)
+                if limit is None or size < 4:
                     raise PeerViolation(f"message type `0x{kind:02x}` with length `{size}`", Side.CLIENT)
-                if size > _CLIENT_LIMITS[kind] or (kind == _B and self._catalog is not None and size > MAX_STATEMENT):
+                if size > limit:
                     self._flush(out, data, approved, position)
                     return self._fatal(out, "54000", f"message `{chr(kind)}` of `{size}` bytes exceeds the limit")
                 if len(queue) >= MAX_PENDING:
@@ -247,7 +256,7 @@ class Relay:
                 elif kind == _B and stop > end and not self._names_are_there(data, position + 5):
                     needed = end - position + 1
                 else:
-                    if kind in b"QEPBF":
+                    if kind in halts:
                         # these may stop the scan, or send something in front of themselves
                         if position > approved:
                             self._flush(out, data, approved, position)
@@ -292,7 +301,7 @@ class Relay:
 
     def _flush(self, out: list[Command], data: bytes, start: int, stop: int) -> None:
         if stop > start:
-            out.append(Send(Side.SERVER, data if stop - start == len(data) else data[start:stop]))
+            out.append(Send(_SERVER, data if stop - start == len(data) else data[start:stop]))
 
     def _take(self, out: list[Command], kind: int, data: bytes, position: int, stop: int) -> _Step:
         """Decides on one client message, which is whole unless it is streamed. Raises `_Fatal` and `Malformed`."""
@@ -309,10 +318,10 @@ class Relay:
             return _PASS
         if pipeline.skipping:
             return _DROP
-        if kind in b"dH":
-            return _PASS
         if kind == _B:
             return self._bind(out, data, position, stop)
+        if kind in b"dH":
+            return _PASS
         if kind in b"DC":
             what = data[position + 5 : position + 6]
             name = self._name(data, position + 6, stop)[0]
@@ -331,6 +340,8 @@ class Relay:
 
     def _name(self, data: bytes, start: int, stop: int) -> tuple[bytes, int]:
         """A statement's or portal's name, and where it ends. Raises `_Fatal` for one that can stand for another."""
+        if start < stop and not data[start]:
+            return b"", start + 1
         end = data.find(0, start, min(stop, start + MAX_NAME + 1, len(data)))
         if end < 0 and stop - start <= MAX_NAME:
             raise Malformed("a name does not end")
@@ -529,13 +540,15 @@ class Relay:
     def _send_client(self, out: list[Command], data: bytes) -> None:
         """Puts the client's bytes before what is said about them."""
         if data:
-            out.insert(0, Send(Side.CLIENT, data))
+            out.insert(0, Send(_CLIENT, data))
 
     def _reply(self, out: list[Command], kind: int, data: bytes, start: int, stop: int) -> bytes | None:
         """One whole message of the server, with its body; returns what the client gets instead, None for the
         message itself. Raises `_Fatal` and `Malformed`."""
         pipeline = self._pipeline
-        if kind == _C:
+        if kind == 0x32:
+            pipeline.confirm(pipeline.pop(BIND))
+        elif kind == _C:
             self._complete(data[start : stop - 1].decode("ascii", "replace"), out)
         elif kind == _Z:
             if stop - start != 1 or data[start] not in b"ITE":
@@ -546,13 +559,11 @@ class Relay:
             if not pipeline.queue:
                 self._text.settle()
         elif kind == _T:
-            return self._columns(data[start:stop])
+            return self._columns(data[start:stop] if self._catalog is not None else b"")
         elif kind == 0x31:
             entry = pipeline.pop(PARSE)
             pipeline.confirm(entry)
             out.append(Completed(entry.ask))
-        elif kind == 0x32:
-            pipeline.confirm(pipeline.pop(BIND))
         elif kind == 0x33:
             pipeline.confirm(pipeline.pop(CLOSE))
         elif kind == ord("n"):
@@ -609,7 +620,7 @@ class Relay:
         head.tag = tag
         head.plan = None
         if head.kind == EXECUTE:
-            self._finish(self._pipeline.pop(EXECUTE), out)
+            self._finish(self._pipeline.queue.popleft(), out)
         self._pipeline.copying = False
         if tag[:2] == "DE" or tag[:2] == "DI":
             self._pipeline.deallocated(tag, head.deallocates)
