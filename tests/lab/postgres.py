@@ -97,16 +97,12 @@ def issue(
         .not_valid_after(end)
         .add_extension(x509.SubjectAlternativeName(names), critical=False)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()), critical=False
-        )
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key()), critical=False)
         .sign(authority.key, hashes.SHA256())
     )
     return (
         certificate.public_bytes(serialization.Encoding.PEM),
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        ),
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()),
     )
 
 
@@ -279,9 +275,7 @@ def postgres(
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _as_account(
-    account: pwd.struct_passwd, command: list[str | Path], *, dies_with_parent: bool = False
-) -> list[str]:
+def _as_account(account: pwd.struct_passwd, command: list[str | Path], *, dies_with_parent: bool = False) -> list[str]:
     """The command as that user; `dies_with_parent` also ends it when whoever started it was killed."""
     words = [f"--reuid={account.pw_uid}", f"--regid={account.pw_gid}", "--clear-groups"]
     if os.geteuid() == account.pw_uid:

@@ -73,7 +73,7 @@ class ServerLogin:
                 self._verify(rest)
                 self._awaits = "ok"
                 return b""
-            case "any", _:
+            case "any", _ if kind not in (11, 12):
                 name = _NAMES.get(kind, "unknown")
                 raise LoginRefused(
                     f"the server asks for authentication method `{kind}` ({name}), which the gateway does not speak; "

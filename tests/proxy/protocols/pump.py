@@ -158,7 +158,7 @@ class _Connection:
         try:
             self.carry_out(self.machine.begin())
             while not self.closed:
-                if any([self.step_early(side) for side in list(self.wires)]):
+                if self.step_early(Side.CLIENT) or self.step_early(Side.SERVER):
                     continue
                 readable = [w.sock for s, w in self.wires.items() if s is Side.SERVER or not self.machine.unanswered]
                 for sock in select.select(readable, [], [], 20)[0]:
@@ -173,7 +173,7 @@ class _Connection:
 
     def step_early(self, side: Side) -> bool:
         """Takes what has come, encrypted, together with something else: no socket will announce it."""
-        if side is Side.CLIENT and self.machine.unanswered:
+        if side not in self.wires or (side is Side.CLIENT and self.machine.unanswered):
             return False
         data = self.wires[side].decrypted()
         if data:
