@@ -199,11 +199,20 @@ class Service:
         worker.channel.send(ports.Secret(id=request.id, user=credential.user, password=credential.password))
 
     def _certificate(self, worker: WorkerProcess, request: ports.FetchCertificate) -> None:
-        opened = self._own(worker, request.session)
-        if opened.target is not None:
-            name, addresses = opened.target.server_name, [each.address for each in opened.target.endpoints]
+        if request.session:
+            opened = self._own(worker, request.session)
+            target, dialled = opened.target, opened.dialled
         else:
-            name, addresses = opened.dialled.address, [opened.dialled.address]
+            # for what could not be recorded; a name that is no target's is only for a session that we have opened
+            dialled = request.dialled or Endpoint("", 0)
+            target = self._policy.compiled.target_at(dialled)
+            if target is None:
+                worker.channel.send(ports.Refused(id=request.id, message=f"{dialled} is no target"))
+                return
+        if target is not None:
+            name, addresses = target.server_name, [each.address for each in target.endpoints]
+        else:
+            name, addresses = dialled.address, [dialled.address]
         try:
             leaf = self._authority.leaf(name, addresses)
         except OperatorError as error:

@@ -43,9 +43,13 @@ class FetchSecret(Request, frozen=True, kw_only=True):
 
 class FetchCertificate(Request, frozen=True, kw_only=True):
     """A serving certificate from the host's own CA for what the session dialled: the target's name and addresses, or
-    the bare address where it is no target (so that a client that insists on TLS can be told why it is refused)."""
+    the bare address where it is no target (so that a client that insists on TLS can be told why it is refused).
+
+    `session` is empty for a connection that could not be recorded; then `dialled` says what it dialled, which has to
+    be a target."""
 
     session: str
+    dialled: Endpoint | None = None
 
 
 class Hold(Request, frozen=True, kw_only=True):
@@ -248,7 +252,7 @@ class Broker(Protocol):
     async def secret(self, session: str) -> Secret:
         """Raises `Unavailable`."""
 
-    async def certificate(self, session: str) -> tuple[Certificate, int]:
+    async def certificate(self, session: str, dialled: Endpoint) -> tuple[Certificate, int]:
         """The answer and a descriptor with key and chain, which the caller owns. Raises `Unavailable`."""
 
 

@@ -99,7 +99,7 @@ class Sessions:
             written = os.write(fd, data)
             if written != len(data):
                 raise RecordingUnavailable(
-                    f"recording `{path}`: only `{written}` of `{len(data)}` bytes could be written"
+                    f"recording `{path}`: only `{written}` of `{len(data)}` bytes could be written: is the disk full?"
                 )
             self._store.add_session(self._row(header, path, digest.hex()))
         except BaseException as error:

@@ -49,9 +49,10 @@ class HostLink(ports.Attributor, ports.Broker, ports.Approver, ports.Cancels):
     async def secret(self, session: str) -> ports.Secret:
         return _answer(await self._ask(ports.FetchSecret(id=next(self._ids), session=session)), ports.Secret)
 
-    async def certificate(self, session: str) -> tuple[ports.Certificate, int]:
+    async def certificate(self, session: str, dialled: Endpoint) -> tuple[ports.Certificate, int]:
         return _with_descriptor(
-            await self._ask(ports.FetchCertificate(id=next(self._ids), session=session)), ports.Certificate
+            await self._ask(ports.FetchCertificate(id=next(self._ids), session=session, dialled=dialled)),
+            ports.Certificate,
         )
 
     async def hold(

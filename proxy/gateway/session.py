@@ -241,6 +241,9 @@ class Session:
             if self.machine is not None and side is Side.SERVER:
                 self.ended(side)
             self._close(f"the {side.value} disconnected")
+            if side is Side.CLIENT:
+                # over TLS an orderly end would first read all that the server still sends
+                asyncio.get_running_loop().call_soon(self._drop)
         if self.client.closed and (self.server is None or self.server.closed):
             self._finish()
 
