@@ -79,7 +79,8 @@ class Operation:
 
     `text` is what a person would call it (the SQL); `recorded_text` is what may be written down, with secrets taken
     out. `statements` is empty for an empty string. `unclassified` says why the operation could not be classified, and
-    is empty when it could: what could not be classified is denied.
+    is empty when it could: what could not be classified is denied. `example` is another operation that differs in its
+    texts only, by constants of which no fact depends: what is ruled on one is ruled on both.
     """
 
     protocol: str
@@ -89,3 +90,4 @@ class Operation:
     recorded_text: str
     statements: tuple[StatementFacts, ...]
     unclassified: str = ""
+    example: Operation | None = None

@@ -180,7 +180,8 @@ class Judge:
         return self._siblings[key]
 
     def decide(self, operation: Operation) -> Ruling:
-        """The met ruling. Equal operations are ruled once; pure."""
+        """The met ruling. Equal operations are ruled once, and so are those with the same example; pure."""
+        operation = operation.example or operation
         ruling = self._cache.get(operation)
         if ruling is None:
             ruling = self._rule(operation)

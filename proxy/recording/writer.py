@@ -37,10 +37,12 @@ _CACHE_ENTRY_BYTES = 64 * 1024
 _WAITING_BYTES = 64 * 1024
 _RUNNING = 4096
 _PREFIX = b'{"is":"ruled","at_us":0,"op":0,'
+_TEXT = b'"text":'
 
 
 class RulingPieces:
-    """The part of a record that is the same whenever the same operation gets the same ruling, encoded once.
+    """The part of a record that is the same whenever the same operation gets the same ruling, encoded once; and what is
+    the same around the texts of operations with one example, which are too many to be kept.
 
     Keyed by identity, which is sound because an entry keeps both objects alive. Bounded: at 16 MiB it starts over;
     pieces above 64 KiB are not kept.
@@ -48,36 +50,61 @@ class RulingPieces:
 
     def __init__(self) -> None:
         self._pieces: dict[tuple[int, int], tuple[bytes, Operation, Ruling]] = {}
+        self._around: dict[tuple[int, int], tuple[bytes, bytes, Operation, Ruling]] = {}
         self._bytes = 0
 
     def piece(self, operation: Operation, ruling: Ruling) -> bytes:
         """JSON from after `op` to the end of the object."""
-        kept = self._pieces.get((id(operation), id(ruling)))
-        return self._add(operation, ruling) if kept is None else kept[0]
+        example = operation.example
+        if example is None:
+            kept = self._pieces.get((id(operation), id(ruling)))
+            return self._add(operation, ruling) if kept is None else kept[0]
+        around = self._around.get((id(example), id(ruling)))
+        before, after, _, _ = self._add_around(example, ruling) if around is None else around
+        return b"%b%b%b" % (before, encode(operation.recorded_text), after)
 
     def _add(self, operation: Operation, ruling: Ruling) -> bytes:
-        whole = encode(
-            Ruled(
-                at_us=0,
-                op=0,
-                kind=operation.kind,
-                phase=operation.phase,
-                text=operation.recorded_text,
-                statements=tuple(facts.kind for facts in operation.statements),
-                unclassified=operation.unclassified,
-                decision=str(ruling.decision),
-                reasons=_reasons(ruling),
-                policy=ruling.policy_version,
-            )
-        )
-        piece = whole[len(_PREFIX) :]
-        if len(piece) <= _CACHE_ENTRY_BYTES:
-            if self._bytes + len(piece) > _CACHE_BYTES:
-                self._pieces.clear()
-                self._bytes = 0
+        piece = _piece(operation, operation.recorded_text, ruling)
+        if self._has_room(piece):
             self._pieces[id(operation), id(ruling)] = (piece, operation, ruling)
-            self._bytes += len(piece)
         return piece
+
+    def _add_around(self, example: Operation, ruling: Ruling) -> tuple[bytes, bytes, Operation, Ruling]:
+        piece = _piece(example, "", ruling)
+        text = piece.index(_TEXT) + len(_TEXT)
+        around = (piece[:text], piece[text + len(b'""') :], example, ruling)
+        if self._has_room(piece):
+            self._around[id(example), id(ruling)] = around
+        return around
+
+    def _has_room(self, piece: bytes) -> bool:
+        """Makes room for this piece, unless it is too large."""
+        if len(piece) > _CACHE_ENTRY_BYTES:
+            return False
+        if self._bytes + len(piece) > _CACHE_BYTES:
+            self._pieces.clear()
+            self._around.clear()
+            self._bytes = 0
+        self._bytes += len(piece)
+        return True
+
+
+def _piece(operation: Operation, text: str, ruling: Ruling) -> bytes:
+    whole = encode(
+        Ruled(
+            at_us=0,
+            op=0,
+            kind=operation.kind,
+            phase=operation.phase,
+            text=text,
+            statements=tuple(facts.kind for facts in operation.statements),
+            unclassified=operation.unclassified,
+            decision=str(ruling.decision),
+            reasons=_reasons(ruling),
+            policy=ruling.policy_version,
+        )
+    )
+    return whole[len(_PREFIX) :]
 
 
 _PIECES = RulingPieces()

@@ -1,6 +1,10 @@
 """Statements as operations: one `Operation` for each distinct text, shared by all sessions of the process.
 
-Statements that repeat cost one dictionary look-up on their exact bytes. The memory is two generations: a text that
+Statements that repeat cost one dictionary look-up on their exact bytes. Those that repeat but for numbers that are
+compared, set or limits (`_VARIABLE`) cost another one, on their shape, and are the same operation with other texts:
+PostgreSQL's grammar sees the kinds of tokens and not what they say, the classifier looks at no such number, and a
+number is no secret. The shape of a text is looked for only where nothing in it can hide where a token begins
+(`_HIDING`). The memory is two generations: a text that
 is used moves into the young one; when that is full it becomes the old one, and what was not used meanwhile is gone.
 
 Blind spot: the settings by which a server reads text are followed by what statements say and the server reports; a
@@ -10,6 +14,7 @@ function that changes them is seen only when the server reports it.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -28,6 +33,16 @@ MAX_REMEMBERED_BYTES = 4 * 1024 * 1024
 """Text of one generation."""
 MAX_REMEMBERED_TEXT = 64 * 1024
 """Bytes of a text that is worth remembering."""
+
+_HIDING = re.compile(rb"""['"$\\\x80-\xff]|--|/\*""")
+"""Quotes, escapes, comments, and what is not ASCII."""
+_VARIABLE = re.compile(rb"([=<>]|\b(?:limit|offset)(?=\s))(\s*)[0-9]{1,9}(?![\w.])", re.IGNORECASE)
+"""An integer (9 digits always are one) behind a comparison, an assignment, LIMIT or OFFSET: no ordinal, no type's
+modifier, no part of another token."""
+_IN_ITS_PLACE = rb"\1\2\0"
+"""No text has a NUL."""
+_WITH_VARIABLES = frozenset({"select", "insert", "update", "delete"})
+"""Kinds that shapes are used for; others mean something by their numbers (SET, FETCH, EXPLAIN)."""
 
 LEXER_SETTINGS = frozenset({"client_encoding", "standard_conforming_strings"})
 """Settings that change how the server reads the bytes of the next statement."""
@@ -65,18 +80,58 @@ class Memory:
         known = self._young.get(text)
         if known is not None:
             return known
-        known = self._old.get(text) or describe(self._kind, text, "utf-8")
-        if len(text) <= MAX_REMEMBERED_TEXT:
-            if len(self._young) >= MAX_REMEMBERED or self._bytes + len(text) > MAX_REMEMBERED_BYTES:
-                self._old, self._young, self._bytes = self._young, {}, 0
-            self._young[text] = known
-            self._bytes += len(text)
+        known = self._recall(text)
+        if known is not None:
+            return known
+        if len(text) > MAX_REMEMBERED_TEXT:
+            return describe(self._kind, text, "utf-8")
+        shape = text if _HIDING.search(text) else _VARIABLE.sub(_IN_ITS_PLACE, text)
+        if shape != text and (example := self._young.get(shape) or self._recall(shape)) is not None:
+            return _like(example, text)
+        known = describe(self._kind, text, "utf-8")
+        if shape != text and _stands_for_its_shape(known):
+            self._keep(shape, known)
+        self._keep(text, known)
         return known
+
+    def _recall(self, text: bytes) -> Described | None:
+        known = self._old.get(text)
+        if known is not None:
+            self._keep(text, known)
+        return known
+
+    def _keep(self, text: bytes, known: Described) -> None:
+        if len(self._young) >= MAX_REMEMBERED or self._bytes + len(text) > MAX_REMEMBERED_BYTES:
+            self._old, self._young, self._bytes = self._young, {}, 0
+        self._young[text] = known
+        self._bytes += len(text)
 
 
 QUERIES = Memory(OperationKind.QUERY)
 PARSES = Memory(OperationKind.PARSE)
 EXECUTIONS = Memory(OperationKind.EXECUTE)
+
+
+def _stands_for_its_shape(described: Described) -> bool:
+    """Whether all that is known of this operation holds for every text of its shape."""
+    operation = described.operation
+    return (
+        bool(operation.statements)
+        and operation.recorded_text == operation.text
+        and all(part.kind in _WITH_VARIABLES for facts in operation.statements for part in facts.parts)
+        and not (described.changes_lexer or described.executes or described.deallocates)
+    )
+
+
+def _like(described: Described, text: bytes) -> Described:
+    """The operation of another text of the same shape."""
+    example = described.operation
+    spelled = text.decode("ascii")
+    return Described(
+        Operation(
+            PROTOCOL, example.kind, example.phase, spelled, spelled, example.statements, "", example.example or example
+        )
+    )
 
 
 def describe(kind: OperationKind, text: bytes, codec: str) -> Described:
@@ -121,7 +176,7 @@ def unclassified(kind: OperationKind, text: str, reason: str) -> Described:
 
 def refuse(described: Described, reason: str) -> Described:
     """The same operation, of which a session knows a reason not to trust the classification."""
-    return described._replace(operation=replace(described.operation, unclassified=reason))
+    return described._replace(operation=replace(described.operation, unclassified=reason, example=None))
 
 
 class TextReader:

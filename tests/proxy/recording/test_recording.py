@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -366,6 +367,19 @@ def test_the_cache_of_pieces_is_bounded_and_never_confuses_rulings(tmp_path: Pat
     assert max(len(piece) for piece, *_ in pieces._pieces.values()) < 70_000
 
 
+def test_operations_with_one_example_keep_their_own_texts(tmp_path: Path) -> None:
+    writer = begin(tmp_path / "a", RulingPieces())
+    example = operation("SELECT 1")
+    texts = ["SELECT 2", "SELECT 1", 'SELECT "text":""', "SELECT 3"]
+    for op, text in enumerate(texts):
+        own = example if text == example.recorded_text else replace(example, recorded_text=text, example=example)
+        writer.ruled(op, own, DENY)
+    writer.closed("done", len(texts), 0)
+    ruled = [entry.record for entry in read(tmp_path / "a") if isinstance(entry.record, Ruled)]
+    assert [record.text for record in ruled] == texts
+    assert {record.policy for record in ruled} == {DENY.policy_version}
+
+
 @pytest.fixture
 def tiny_disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 64 KiB of the test's own."""
@@ -410,6 +424,7 @@ import os, resource, signal, sys
 sys.path.insert(0, {str(Path(__file__).parents[3])!r})
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_recording as t
+from dataclasses import replace
 from pathlib import Path
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 path = Path({str(tmp_path / "r")!r})
@@ -438,6 +453,7 @@ import sys
 sys.path.insert(0, {str(Path(__file__).parents[3])!r})
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import test_recording as t
+from dataclasses import replace
 from pathlib import Path
 writer = t.begin(Path({str(tmp_path / "r")!r}))
 statement = t.operation()
