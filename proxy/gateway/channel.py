@@ -1,7 +1,7 @@
 """Messages over a `SOCK_SEQPACKET` Unix socket with descriptors by SCM_RIGHTS: one end in a worker, one in the host
 agent.
 
-Order is kept and nothing is dropped: what the socket does not take at once waits in a bounded queue; a peer that lets
+Order is kept and no message is dropped: what the socket does not take at once waits in a bounded queue; a peer that lets
 the queue overflow is treated as gone. Blind spot: it knows nothing of requests and replies.
 """
 
@@ -125,10 +125,14 @@ class Channel(Generic[M]):
                 _close_all(descriptors)
                 self.close("peer closed")
                 return
-            if flags & (socket.MSG_TRUNC | socket.MSG_CTRUNC):
+            if flags & socket.MSG_TRUNC:
                 _close_all(descriptors)
                 self.close("peer sent an oversized message")
                 return
+            if flags & socket.MSG_CTRUNC:
+                # this process is at its limit of descriptors: who needs one finds that there is none
+                _close_all(descriptors)
+                descriptors = []
             try:
                 message = self._decoder.decode(data)
             except (msgspec.DecodeError, msgspec.ValidationError) as error:

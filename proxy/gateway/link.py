@@ -42,9 +42,12 @@ class HostLink(ports.Attributor, ports.Broker, ports.Approver, ports.Cancels):
         _answer(await self._ask(ports.Mustered(id=next(self._ids), source=source)), ports.Begin)
 
     async def attribute(self, peer: Endpoint, dialled: Endpoint) -> tuple[ports.Attributed, int]:
-        return _with_descriptor(
-            await self._ask(ports.Attribute(id=next(self._ids), peer=peer, dialled=dialled)), ports.Attributed
-        )
+        received = await self._ask(ports.Attribute(id=next(self._ids), peer=peer, dialled=dialled))
+        reply, descriptors = received
+        if isinstance(reply, ports.Attributed) and not descriptors:
+            self._give_back(reply, "the worker had no descriptor left for its recording")
+            raise ports.Unavailable("the gateway on this host has no room for more connections", "connect again later")
+        return _with_descriptor(received, ports.Attributed)
 
     async def secret(self, session: str) -> ports.Secret:
         return _answer(await self._ask(ports.FetchSecret(id=next(self._ids), session=session)), ports.Secret)
@@ -125,8 +128,23 @@ class HostLink(ports.Attributor, ports.Broker, ports.Approver, ports.Cancels):
         if future is None or future.done():
             for descriptor in descriptors:
                 os.close(descriptor)
+            if isinstance(message, ports.Attributed):
+                self._give_back(message, "the answer of who it is came too late")
             return
         future.set_result((message, descriptors))
+
+    def _give_back(self, opened: ports.Attributed, why: str) -> None:
+        """A session that nobody here has is not left open."""
+        self.closed(
+            ports.SessionClosed(
+                session=opened.session,
+                records=opened.records,
+                digest=opened.digest,
+                operations=0,
+                denied=0,
+                reason=why,
+            )
+        )
 
     def _closed(self, why: str) -> None:
         for future in self._waiting.values():

@@ -132,12 +132,19 @@ class Session:
         self._closing = False
         self._reason = ""
         self._reaching = False
+        self._counted = False
         self._finished = False
 
     # --- opening ------------------------------------------------------------------------------------------------------
 
     def accepted(self, transport: asyncio.Transport) -> None:
         """A client is there: nothing of it is read before it is known who it is."""
+        if self.worker.full:
+            log.warning("connection dropped", why="this worker has no room for more connections")
+            transport.abort()
+            return
+        self._counted = True
+        self.worker.connections += 1
         self._pause(Side.CLIENT, "opening")
         self._deadline = asyncio.get_running_loop().call_later(LOGIN_TIMEOUT_S, self._login_expired)
         self._start(self._open(transport))
@@ -649,6 +656,7 @@ class Session:
         if self._finished:
             return
         self._finished = True
+        self.worker.connections -= self._counted
         self.worker.closed(self)
         if self.recording is None:
             return

@@ -13,6 +13,7 @@ import asyncio
 import contextlib
 import ctypes
 import os
+import resource
 import signal
 import socket
 import ssl
@@ -47,6 +48,9 @@ POLICY_TIMEOUT_S = 30.0
 MAX_CONTEXTS = 1024
 """TLS contexts kept; any address can be dialled at a protected port."""
 GRACE_S = 2.0
+RESERVED_DESCRIPTORS = 64
+DESCRIPTORS_PER_SESSION = 3
+"""Client, server, recording."""
 
 
 class Worker:
@@ -61,11 +65,19 @@ class Worker:
         self.idle = asyncio.Event()
         self.idle.set()
         self.policy_loaded = asyncio.Event()
+        self.connections = 0
+        limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._max_connections = max((limit - RESERVED_DESCRIPTORS) // DESCRIPTORS_PER_SESSION, 1)
         self.link: HostLink
         self.policy: CompiledPolicy
         self.targets: dict[str, Target] = {}
         self._tasks = tasks
         self._contexts: dict[str, tuple[float, ssl.SSLContext]] = {}
+
+    @property
+    def full(self) -> bool:
+        """Whether one more connection could leave those that exist without descriptors."""
+        return self.connections >= self._max_connections
 
     def opened(self, session: Session) -> None:
         """A session has its id."""
