@@ -491,7 +491,9 @@ def rules_of(world: World) -> list[str]:
         said = subprocess.run(
             ["ip", "netns", "exec", world.runner, *command], check=True, capture_output=True, text=True
         ).stdout
-        lines += [re.sub(r"\[\d+:\d+\]| initval \S+", "", line) for line in said.splitlines() if not line.startswith("#")]
+        lines += [
+            re.sub(r"\[\d+:\d+\]| initval \S+", "", line) for line in said.splitlines() if not line.startswith("#")
+        ]
     return sorted(line for line in lines if not re.match(r":[A-Z]+ ACCEPT|\*|COMMIT", line))
 
 
