@@ -43,6 +43,7 @@ class LabBed:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            cwd=self.work,
             env={
                 "PATH": "/usr/bin:/bin",
                 "LANG": "C.UTF-8",

@@ -156,6 +156,7 @@ class Gateway:
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
+            cwd="/",
             env={"PATH": os.environ["PATH"], "LANG": "C.UTF-8", **(env or {})},
             timeout=timeout_s,
         )
