@@ -6,16 +6,21 @@ from pathlib import Path
 
 from hostagent.kernel import cgroups
 from hostagent.kernel.cgroups import mount_point as cgroup_mount
+from hostagent.kernel.guard import Guard
 from hostagent.kernel.lifecycle import apply_scope, attached, cleanup, start
 from hostagent.kernel.pins import ConnectRecord, Pins, Refused
+from hostagent.kernel.ruleset import Culprit, RulesetEvents
 from hostagent.kernel.settings import KernelError, MapSizes, Scope, Settings
 
 __all__ = [
     "ConnectRecord",
+    "Culprit",
+    "Guard",
     "KernelError",
     "MapSizes",
     "Pins",
     "Refused",
+    "RulesetEvents",
     "Scope",
     "Settings",
     "apply_scope",

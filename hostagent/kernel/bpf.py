@@ -150,6 +150,23 @@ def map_sizes(fd: int) -> tuple[int, int]:
     return key_bytes, value_bytes
 
 
+def object_id(fd: int) -> tuple[str, int]:
+    """Which object a descriptor means: its kind as the kernel calls it, and its id among those."""
+    info = ctypes.create_string_buffer(256)
+    _bpf(_OBJ_GET_INFO_BY_FD, "=IIQ", fd, len(info), ctypes.addressof(info), what="object information")
+    number: int = struct.unpack_from("=I", info, 4)[0]
+    # the kernel spells a link's descriptor `bpf_link` where it is made and `bpf-link` where it is opened
+    return os.readlink(f"/proc/self/fd/{fd}").replace("_", "-"), number
+
+
+def linked_program(link: int) -> int:
+    """The id of the program behind a link (struct bpf_link_info)."""
+    info = ctypes.create_string_buffer(64)
+    _bpf(_OBJ_GET_INFO_BY_FD, "=IIQ", link, len(info), ctypes.addressof(info), what="link information")
+    number: int = struct.unpack_from("=I", info, 8)[0]
+    return number
+
+
 def recursion_misses(fd: int) -> int:
     """How often the kernel skipped this program because it was already running (struct bpf_prog_info)."""
     info = ctypes.create_string_buffer(256)

@@ -19,8 +19,9 @@ from pathlib import Path
 
 import msgspec
 
-from hostagent.kernel import abi, bpf, redirect
+from hostagent.kernel import abi, bpf, redirect, turn
 from hostagent.kernel.conntrack import Conntrack
+from hostagent.kernel.loader import require_own
 from hostagent.kernel.pins import Pins, own_netns, remove
 from hostagent.kernel.settings import KernelError, LoadRequest, Scope, Settings
 
@@ -31,11 +32,13 @@ _SEARCH_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 def start(settings: Settings, scope: Scope) -> Pins:
     """Sees to it that this build's programs are attached to the cgroup, and that scope and rules are in; opens the
     pins. Nobody is exempt at first. Raises `KernelError`."""
-    state = _state(settings)
-    if state != "keep":
-        if state == "again":
-            remove(settings.pin_dir)
-        _load(settings, replace=state == "replace")
+    require_own(settings.run_dir)
+    with turn.taken(settings.run_dir):
+        state = _state(settings)
+        if state != "keep":
+            if state == "again":
+                remove(settings.pin_dir)
+            _load(settings, replace=state == "replace")
     pins = Pins.open(settings.pin_dir, Conntrack(settings.listen_port))
     try:
         for node in pins.exempted():
@@ -47,16 +50,23 @@ def start(settings: Settings, scope: Scope) -> Pins:
     return pins
 
 
-def apply_scope(settings: Settings, pins: Pins, scope: Scope) -> None:
-    """Sets what is recorded and what is redirected; what is in both scopes stays covered throughout. Raises
-    `KernelError`."""
-    pins.set_scope(scope)
-    redirect.install(redirect.Rules.of(settings, scope))
+def apply_scope(settings: Settings, pins: Pins, scope: Scope) -> str:
+    """Sets what is recorded and what is redirected; what is in both scopes stays covered throughout. Returns what
+    `redirect.present` compares with. Raises `KernelError`."""
+    with turn.taken(settings.run_dir):
+        pins.set_scope(scope)
+        return redirect.install(redirect.Rules.of(settings, scope))
 
 
 def attached(settings: Settings) -> bool:
     """Whether everything that the loader attached and pinned is still there, and on the cgroup of the settings."""
     return _state(settings) == "keep"
+
+
+def pinned_names() -> frozenset[str]:
+    """The files of a complete pin directory."""
+    links = {f"{kind}_{name}" for kind in ("link", "program") for name in abi.PROGRAMS}
+    return frozenset({*abi.MAPS, "blank", "graveyard", *links})
 
 
 def cleanup(pin_dir: Path) -> list[str]:
@@ -73,9 +83,7 @@ def _state(settings: Settings) -> str:
     directory = settings.pin_dir
     if not directory.exists():
         return "load"
-    expected = {*abi.MAPS, "blank", "graveyard"}
-    expected |= {f"{kind}_{name}" for kind in ("link", "program") for name in abi.PROGRAMS}
-    if not expected <= set(os.listdir(directory)):
+    if not pinned_names() <= set(os.listdir(directory)):
         return "again"
     try:
         with Pins.open(directory) as pins:
@@ -116,6 +124,7 @@ def _load(settings: Settings, *, replace: bool) -> None:
             cwd=Path(__file__).resolve().parents[2],
             env={"PATH": _SEARCH_PATH},
             timeout=_LOAD_TIMEOUT_S,
+            pass_fds=turn.descriptors(),
         )
     except subprocess.TimeoutExpired as error:
         raise KernelError(f"the kernel loader did not end within {_LOAD_TIMEOUT_S} s; try again") from error

@@ -13,6 +13,7 @@ import os
 import socket
 import time
 from collections import OrderedDict
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Self
 
@@ -67,6 +68,10 @@ class Pins:
         self._muster: Endpoint | None = None
         self._cgroups = cgroups.Paths(cgroups.mount_point())
         self._images: OrderedDict[int, tuple[int, ProcessImage]] = OrderedDict()
+        self.exempt_here: set[int] = set()
+        """The nodes that were exempted through this object: never fewer than are in the map."""
+        self.scope_here: frozenset[bytes] = frozenset()
+        """The keys of the scope that was set through this object."""
 
     @classmethod
     def open(cls, directory: Path, conntrack: Conntrack | None = None) -> Self:
@@ -103,6 +108,9 @@ class Pins:
 
     def config(self) -> abi.Config:
         return abi.Config.from_buffer_copy(self._settings.get(abi.U32.pack(0)) or bytes(ctypes.sizeof(abi.Config)))
+
+    def set_config(self, config: bytes) -> None:
+        self._settings.put(abi.U32.pack(0), config)
 
     # --- records ------------------------------------------------------------------------------------------------------
 
@@ -175,6 +183,11 @@ class Pins:
         node: int = abi.U64.unpack(value)[0] if value is not None else 0
         return node or None
 
+    def nodes(self) -> Iterator[int]:
+        """All nodes that are known, in no order; may never end while others come and go."""
+        for key in iter(self._nodes.keys()):
+            yield abi.U64.unpack(key)[0]
+
     def _image(self, node: int) -> tuple[int, ProcessImage] | None:
         known = self._images.get(node)
         if known is not None:
@@ -207,6 +220,7 @@ class Pins:
 
     def exempt(self, node: int) -> None:
         """Exempts the processes that run this image, until they call execve. Raises `KernelError`."""
+        self.exempt_here.add(node)
         try:
             self._exempt.put(abi.U64.pack(node), _ONE)
         except OSError as error:
@@ -214,6 +228,7 @@ class Pins:
 
     def unexempt(self, node: int) -> None:
         self._exempt.delete(abi.U64.pack(node))
+        self.exempt_here.discard(node)
 
     def exempted(self) -> frozenset[int]:
         """The nodes that are exempt: those of a daemon that was killed have to be taken out by the next."""
@@ -227,6 +242,7 @@ class Pins:
             members.append(scope.muster)
         self._muster = scope.muster
         wanted = {abi.scope_key(member) for member in members}
+        self.scope_here = frozenset(wanted)
         try:
             for key in wanted:
                 self._scope.put(key, _ONE)
@@ -237,6 +253,10 @@ class Pins:
         for key in list(self._scope.keys()):
             if key not in wanted:
                 self._scope.delete(key)
+
+    def scope(self) -> frozenset[bytes]:
+        """The keys of what is recorded now."""
+        return frozenset(self._scope.keys())
 
     # --- health -------------------------------------------------------------------------------------------------------
 

@@ -4,12 +4,13 @@
     filter  INPUT               packets to the listener's port that were not redirected: reset
     filter  OUTPUT, FORWARD     UDP to the same destinations: rejected
 
-Everything is in chains and sets of our own, for IPv4 and IPv6; each family's rules go in as one transaction, with
-the jumps in front. Rules look at SYNs only, so that connections which exist already go on. The workers' own connections
-are exempt if they come from the workers' cgroup *and* carry the mark that only the kernel program gives.
+Everything is in chains and sets of our own, for IPv4 and IPv6; each table's rules go in as one transaction, with
+exactly one jump, in front. Rules look at SYNs only, so that connections which exist already go on. The workers' own
+connections are exempt if they come from the workers' cgroup *and* carry the mark that only the kernel program gives.
 
-Blind spots: rules that somebody inserts in front of ours, packets that never pass this namespace's IP layer
-(AF_PACKET). A connection from outside to a protected port of this host is redirected too.
+Blind spots: what other tables do before ours (raw, mangle, chains of nftables with another priority), packets that
+never pass this namespace's IP layer (AF_PACKET). A connection from outside to a protected port of this host is
+redirected too.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from hostagent.kernel import cgroups
+from hostagent.kernel import cgroups, turn
 from hostagent.kernel.settings import KernelError, Scope, Settings
 from proxy.model import Endpoint
 
@@ -73,16 +74,33 @@ def present(installed: str) -> bool:
     return _fingerprint() == installed
 
 
+def differences(installed: str) -> list[str]:
+    """The lines that are there and should not be (`+`) or should be and are not (`-`); empty when `present`."""
+    wanted, found = installed.splitlines(), _fingerprint().splitlines()
+    if wanted == found:
+        return []
+    changed = [f"- {line}" for line in wanted if line not in found]
+    changed += [f"+ {line}" for line in found if line not in wanted]
+    return changed or ["the order of the rules"]
+
+
+def notified() -> bool:
+    """Whether the kernel tells about changes of the rules (`RulesetEvents`): not with the legacy tables. Raises
+    `KernelError`."""
+    return all("nf_tables" in _run([_IPTABLES[family], "--version"]) for family in _FAMILIES)
+
+
 def remove() -> list[str]:
     """Takes off jumps, chains and sets, as far as they are there; says what. Raises `KernelError`."""
     removed: list[str] = []
     for family in _FAMILIES:
         for table, jumps in _CHAINS.items():
+            saved = _saved(family, table)
             for hook, chain in jumps.items():
-                while _jumps(family, table, hook, chain):
+                for _ in _jumps(saved, hook, chain):
                     _iptables(family, table, "-D", hook, "-j", chain)
             for chain in dict.fromkeys(jumps.values()):
-                if _chain(family, table, chain):
+                if _has_chain(saved, chain):
                     _iptables(family, table, "-F", chain)
                     _iptables(family, table, "-X", chain)
                     removed.append(f"IPv{family} chain {chain} of table {table}")
@@ -153,7 +171,12 @@ def _restore_text(rules: Rules, family: int) -> str:
         # declaring a chain empties it, within the same transaction that fills it
         lines += [f":{chain} - [0:0]" for chain in dict.fromkeys(jumps.values())]
         lines += bodies[table]
-        lines += [f"-I {hook} 1 -j {chain}" for hook, chain in jumps.items() if not _jumps(family, table, hook, chain)]
+        saved = _saved(family, table)
+        for hook, chain in jumps.items():
+            there = _jumps(saved, hook, chain)
+            if there != [0]:
+                lines += [f"-D {hook} -j {chain}"] * len(there)
+                lines.append(f"-I {hook} 1 -j {chain}")
         lines.append("COMMIT")
     return "\n".join(lines) + "\n"
 
@@ -164,38 +187,36 @@ def _quoted(path: str) -> str:
     return f'"{path}"'
 
 
-def _jumps(family: int, table: str, hook: str, chain: str) -> bool:
-    return _succeeds(family, table, "-C", hook, "-j", chain)
+def _saved(family: int, table: str) -> list[str]:
+    return _run([f"{_IPTABLES[family]}-save", "-t", table]).splitlines()
 
 
-def _chain(family: int, table: str, chain: str) -> bool:
-    return _succeeds(family, table, "-n", "-L", chain)
+def _jumps(saved: list[str], hook: str, chain: str) -> list[int]:
+    """The places, from 0, of the jumps from a hook to a chain."""
+    rules = [line for line in saved if line.startswith(f"-A {hook} ")]
+    return [place for place, line in enumerate(rules) if line == f"-A {hook} -j {chain}"]
+
+
+def _has_chain(saved: list[str], chain: str) -> bool:
+    return any(line.startswith(f":{chain} ") for line in saved)
 
 
 def _fingerprint() -> str:
     parts: list[str] = []
     for family in _FAMILIES:
         for table, jumps in _CHAINS.items():
+            saved = _saved(family, table)
+            where = f"IPv{family} {table}"
             for hook, chain in jumps.items():
-                parts += (
-                    f"{family} {table} {hook}: {'-j ' + chain if _jumps(family, table, hook, chain) else 'no jump'}",
-                )
+                parts.append(f"{where}: {hook} jumps to {chain} at {_jumps(saved, hook, chain)}")
             for chain in dict.fromkeys(jumps.values()):
-                there = _chain(family, table, chain)
-                parts.append(_iptables(family, table, "-S", chain) if there else f"{family} {table} {chain}: gone")
+                parts.append(f"{where}: chain {chain} {'is there' if _has_chain(saved, chain) else 'is gone'}")
+                parts += [f"{where}: {line}" for line in saved if line.startswith(f"-A {chain} ")]
     existing = set(_run(["ipset", "list", "-name"]).split())
     for name in (_PORTS_SET, *_ENDPOINTS_SET.values()):
-        saved = _run(["ipset", "save", name]).splitlines() if name in existing else [f"{name}: gone"]
+        saved = _run(["ipset", "save", name]).splitlines() if name in existing else [f"set {name} is gone"]
         parts += sorted(line for line in saved if not line.startswith("create "))
     return "\n".join(parts)
-
-
-def _succeeds(family: int, table: str, *arguments: str) -> bool:
-    command = [_IPTABLES[family], "-w", _WAIT_S, "-t", table, *arguments]
-    try:
-        return subprocess.run(command, capture_output=True, timeout=_TIMEOUT_S).returncode == 0
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise KernelError(f"cannot run `{command[0]}`: {error}") from error
 
 
 def _iptables(family: int, table: str, *arguments: str) -> str:
@@ -204,7 +225,9 @@ def _iptables(family: int, table: str, *arguments: str) -> str:
 
 def _run(command: list[str], text: str = "") -> str:
     try:
-        done = subprocess.run(command, input=text, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        done = subprocess.run(
+            command, input=text, capture_output=True, text=True, timeout=_TIMEOUT_S, pass_fds=turn.descriptors()
+        )
     except FileNotFoundError as error:
         raise KernelError(f"`{command[0]}` is missing: install `{Path(command[0]).name.split('-')[0]}`") from error
     except subprocess.TimeoutExpired as error:

@@ -1,0 +1,168 @@
+"""Keeps what is on the host as it has to be: looks, says what somebody changed, and puts it back.
+
+Everything that is pinned is held open too, so while the daemon runs, taking a pin away detaches nothing and loses no
+event; the pin is made again. What can be lost is the attachment to the cgroup (`bpftool link detach`), which is made
+again from the program: until then connects have no record and are denied; and rules and sets: how long that can last is
+in docs/operations.md.
+
+Safe for several threads: one works, the others wait.
+
+Blind spots: whoever can write the maps can write labels, which nothing here notices; what is changed and changed back
+between two looks.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+import time
+from pathlib import Path
+
+from hostagent.kernel import abi, bpf, redirect, turn
+from hostagent.kernel.lifecycle import apply_scope, pinned_names
+from hostagent.kernel.loader import pin, require_bpffs
+from hostagent.kernel.pins import Pins
+from hostagent.kernel.settings import KernelError, Scope, Settings
+from proxy.model import ProcessImage
+
+_RECENT_NS = 120 * 10**9
+_WALK_MAX = 200_000
+
+
+class Guard:
+    """`pins` are the daemon's own; the guard opens what it needs beside them. Raises `KernelError` when something is
+    missing already."""
+
+    def __init__(self, settings: Settings, pins: Pins, scope: Scope) -> None:
+        self._settings = settings
+        self._pins = pins
+        self._own = Pins.open(settings.pin_dir)
+        self._lock = threading.Lock()
+        self._held: dict[str, int] = {}
+        self._config = bytes(self._own.config())
+        try:
+            for name in pinned_names():
+                self._held[name] = bpf.object_get(settings.pin_dir / name)
+        except OSError as error:
+            self.close()
+            raise KernelError(f"cannot hold the pins in `{settings.pin_dir}`: {error}; restart hopgate") from error
+        self.apply(scope)
+
+    def close(self) -> None:
+        """Waits for a look that is under way. Repeatable."""
+        with self._lock:
+            self._own.close()
+            while self._held:
+                os.close(self._held.popitem()[1])
+
+    def apply(self, scope: Scope) -> None:
+        """Takes another scope. Raises `KernelError`."""
+        with self._lock:
+            self._scope = scope
+            self._installed = apply_scope(self._settings, self._pins, scope)
+
+    def repair(self, *, rules: bool = True) -> list[str]:
+        """Says what was changed, all of which is put back. Without `rules`, only what is cheap to look at. Raises
+        `KernelError` or `OSError` when something cannot be put back: to be tried again."""
+        with self._lock, turn.taken(self._settings.run_dir):
+            if not self._held:
+                return []
+            found = self._repair_pins()
+            found += self._repair_attachment()
+            found += self._repair_maps()
+            if rules:
+                found += self._repair_rules()
+            return found
+
+    # --- what is attached ---------------------------------------------------------------------------------------------
+
+    def _repair_pins(self) -> list[str]:
+        found: list[str] = []
+        directory = self._settings.pin_dir
+        require_bpffs(directory)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for name, held in self._held.items():
+            what = _strange(directory / name, held)
+            if what:
+                pin(held, directory / name)
+                found.append(f"pin {name} {what}")
+        return found
+
+    def _repair_attachment(self) -> list[str]:
+        name = f"link_{abi.SOCK_OPS}"
+        link, program = self._held[name], self._held[f"program_{abi.SOCK_OPS}"]
+        cgroup = self._settings.cgroup.stat().st_ino
+        if bpf.attached_cgroup(link) == cgroup and bpf.linked_program(link) == bpf.object_id(program)[1]:
+            return []
+        target = os.open(self._settings.cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fresh = bpf.link_create(program, target, bpf.CGROUP_SOCK_OPS)
+        finally:
+            os.close(target)
+        self._held[name] = fresh
+        # the old link goes with its last descriptor, when the new one has its place
+        pin(fresh, self._settings.pin_dir / name)
+        os.close(link)
+        return [f"{abi.SOCK_OPS} was detached from the cgroup, or given another program"]
+
+    # --- what the programs go by --------------------------------------------------------------------------------------
+
+    def _repair_maps(self) -> list[str]:
+        found: list[str] = []
+        if bytes(self._own.config()) != self._config:
+            self._own.set_config(self._config)
+            found.append("the programs' configuration was changed")
+        if self._own.scope() != self._pins.scope_here:
+            self._own.set_scope(self._scope)
+            found.append("what is recorded was changed")
+        for node in self._own.exempted() - self._pins.exempt_here:
+            self._own.unexempt(node)
+            found.append(f"process image {node} was exempted from the redirect by somebody else")
+        return found
+
+    # --- rules --------------------------------------------------------------------------------------------------------
+
+    def _repair_rules(self) -> list[str]:
+        found = redirect.differences(self._installed)
+        if found:
+            redirect.install(redirect.Rules.of(self._settings, self._scope))
+            left = redirect.differences(self._installed)
+            if left:
+                raise KernelError(f"rules were put back and are not as they were: {'; '.join(left)}")
+        return found
+
+    # --- who ----------------------------------------------------------------------------------------------------------
+
+    def lineage(self, tgid: int) -> tuple[ProcessImage, ...]:
+        """The lineage of a process that runs or has just ended, by its id in the initial pid namespace; empty when it
+        is not known. May take a second on a busy host."""
+        with self._lock:
+            if not self._held:
+                return ()
+            node = self._own.node_of(tgid) or self._ended(tgid)
+            return (self._own.lineage(node) or ()) if node else ()
+
+    def _ended(self, tgid: int) -> int:
+        """The latest image of a process whose label is gone: it is kept for a while after the exit."""
+        since = time.monotonic_ns() - _RECENT_NS
+        found = 0
+        for node in itertools.islice(self._own.nodes(), _WALK_MAX):
+            if node >> 8 < since or node < found:
+                continue
+            image = self._own.image(node)
+            if image is not None and image.tgid == tgid:
+                found = node
+        return found
+
+
+def _strange(path: Path, held: int) -> str:
+    """What is wrong with a pin; empty when it is the object that we hold."""
+    try:
+        fd = bpf.object_get(path)
+    except OSError:
+        return "cannot be opened" if path.exists() else "was removed"
+    try:
+        return "" if bpf.object_id(fd) == bpf.object_id(held) else "was replaced by another object"
+    finally:
+        os.close(fd)
