@@ -50,12 +50,12 @@ LEXER_SETTINGS = frozenset({"client_encoding", "standard_conforming_strings"})
 
 class Described(NamedTuple):
     """An operation, and what the machine itself has to know of it: whether it changes how the server reads text,
-    which prepared statements it executes by SQL, and which it deallocates (only where that is all it does)."""
+    which prepared statements it executes by SQL, and which it may deallocate (the empty name: all)."""
 
     operation: Operation
     changes_lexer: bool = False
     executes: frozenset[bytes] = frozenset()
-    deallocates: bytes = b""
+    deallocates: frozenset[bytes] = frozenset()
 
 
 _PHASES = {
@@ -151,18 +151,23 @@ def describe(kind: OperationKind, text: bytes, codec: str) -> Described:
         operation,
         any(part.parameter in LEXER_SETTINGS or "set_config" in part.functions for part in parts),
         _names("ExecuteStmt", decoded) if "execute" in kinds else frozenset(),
-        next(iter(_names("DeallocateStmt", decoded)), b"") if kinds == {"deallocate"} and len(parts) == 1 else b"",
+        _names("DeallocateStmt", decoded) | _names("DiscardStmt", decoded)
+        if "deallocate" in kinds or "discard" in kinds
+        else frozenset(),
     )
 
 
+_DISCARDS_NO_NAMES = frozenset({"DISCARD_PLANS", "DISCARD_SEQUENCES", "DISCARD_TEMP"})
+
+
 def _names(tag: str, text: str) -> frozenset[bytes]:
-    """The names in all statements of one kind, as the server cuts them."""
+    """The names in all statements of one kind, as the server cuts them; empty where one stands for all."""
     found: set[bytes] = set()
     trees: list[Any] = [json.loads(parse_sql_json(text))]
     while trees:
         match trees.pop():
             case dict() as tree:
-                if isinstance(statement := tree.get(tag), dict):
+                if isinstance(statement := tree.get(tag), dict) and statement.get("target") not in _DISCARDS_NO_NAMES:
                     found.add(str(statement.get("name", "")).encode()[:MAX_NAME])
                 trees.extend(tree.values())
             case list() as several:

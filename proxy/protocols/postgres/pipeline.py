@@ -18,7 +18,9 @@ takes all entries up to the next Sync with it: the server skips those messages, 
 as well (`skipping`). A copy from the client swallows the Syncs that follow its Execute.
 
 What a name stands for is known twice: confirmed, by replies, and expected, by what was sent. An Execute is judged
-by what is expected; an error in between means that the server skips it, and what was expected is made anew.
+by what is expected since the last Sync: an error in between means that the server skips it, and what was expected is
+made anew. What is expected from before that Sync could still be skipped while the Execute is not, so such a name is
+`uncertain` until the replies are there. A name that SQL may have taken away stands for nothing that can be judged.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ import msgspec
 
 from proxy.protocols.base import PeerViolation, Side
 from proxy.protocols.postgres.columns import Plan
-from proxy.protocols.postgres.operations import Described
+from proxy.protocols.postgres.operations import Described, refuse
 
 QUERY: Final = 0
 SYNC: Final = 1
@@ -45,6 +47,7 @@ COPY_END: Final = 8
 
 _NAMING = frozenset({PARSE, BIND, CLOSE})
 """What changes the meaning of names."""
+TAINTED = "SQL may have deallocated its name, so it may stand for another statement"
 _WORDS = ("Query", "Sync", "Parse", "Bind", "Describe", "Describe", "Execute", "Close", "CopyDone")
 
 
@@ -75,7 +78,7 @@ class Expected(msgspec.Struct):
     name: bytes = b""
     statement: Statement | None = None
     portal: Portal | None = None
-    deallocates: bytes = b""
+    deallocates: frozenset[bytes] = frozenset()
     tag: str = ""
     error: str = ""
     plan: Plan | None = None
@@ -89,6 +92,7 @@ class Pipeline:
         self.queue: deque[Expected] = deque()
         self.skipping = False
         self.copying = False
+        self._syncs = 0
         self.statements: dict[bytes, Statement] = {}
         self.portals: dict[bytes, Portal] = {}
         self.prepared_bytes = 0
@@ -133,6 +137,35 @@ class Pipeline:
         for entry in self.queue:
             if entry.portal is not None:
                 self._apply(entry)
+
+    def sync(self) -> None:
+        """A Sync was passed on."""
+        self.skipping = False
+        self._syncs += 1
+        self.queue.append(Expected(SYNC))
+
+    def uncertain(self, name: bytes, *, portal: bool) -> bool:
+        """Whether what the name stands for hangs on a reply to a message from before the last Sync."""
+        if not self._syncs:
+            return False
+        since = True
+        for entry in reversed(self.queue):
+            if entry.kind == SYNC:
+                since = False
+            elif since and entry.denial is not None and entry.kind != QUERY:
+                # it fails, so nothing that hangs on the name runs before the next Sync
+                return False
+            elif entry.name == name and entry.kind in _NAMING:
+                about = entry.portal if portal else entry.statement
+                if about is not None:
+                    return not since
+        return False
+
+    def taint(self, names: frozenset[bytes]) -> None:
+        """SQL that may take these names away (the empty one: all) was passed on: they can come to stand for others."""
+        for statements in (self._confirmed_statements, self.statements):
+            for name in statements if b"" in names else names & statements.keys():
+                statements[name].execution = refuse(statements[name].execution, TAINTED)
 
     def end_copy(self) -> None:
         """The client ended the copy that it is in, or will be in."""
@@ -202,6 +235,7 @@ class Pipeline:
         self.require_allowed(head)
         queue = self.queue
         queue.popleft()
+        self._syncs -= head.kind == SYNC
         if queue:
             self.first()
         self.copying = False
@@ -227,15 +261,17 @@ class Pipeline:
         head = queue.popleft()
         while queue and queue[0].kind == SYNC:
             queue.popleft()
+            self._syncs -= 1
         self.copying = not (queue and queue[0].kind == COPY_END)
         queue.appendleft(head)
 
-    def deallocated(self, tag: str, name: bytes) -> None:
-        """SQL took names away. Where that is not certain a name stays known, and its use is the server's error."""
+    def deallocated(self, tag: str, names: frozenset[bytes]) -> None:
+        """SQL took names away. Where it is not certain which, they stay known, and tainted."""
         if tag in ("DEALLOCATE ALL", "DISCARD ALL"):
             self._confirmed_statements = {}
-        elif tag == "DEALLOCATE" and name:
-            self._confirmed_statements.pop(name, None)
+        elif tag == "DEALLOCATE" and len(names) == 1:
+            for name in names:
+                self._confirmed_statements.pop(name, None)
         else:
             return
         self._expect_anew()

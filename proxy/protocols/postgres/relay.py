@@ -8,6 +8,7 @@ Execute, FunctionCall) until they are ruled on; of the server's only those that 
     open                    a message asks for something, or more is owed than `MAX_PENDING`
     asking                  the ruling
     awaiting columns        the hidden Describe is answered, or fails
+    awaiting replies        a name is certain: it hangs on messages from before the last Sync
     congested               the server has replied to half of it
     skipping                Sync: an earlier message of the pipeline failed, and the server skips as we do
 
@@ -134,6 +135,7 @@ class Relay:
         self._asked_stop = 0
         self._asked_changes_lexer = False
         self._awaits_columns = False
+        self._awaits_replies = False
         self._congested = False
         self._sync_in_copy = False
         # the server's side
@@ -148,7 +150,7 @@ class Relay:
 
     @property
     def unanswered(self) -> bool:
-        return self._asked is not None or self._awaits_columns or self._congested
+        return self._asked is not None or self._awaits_columns or self._awaits_replies or self._congested
 
     def receive_client(self, data: Buffer) -> list[Command]:
         if type(data) is not bytes:
@@ -165,7 +167,7 @@ class Relay:
             else:
                 start = self._through
             self._through = 0
-        elif self._asked is not None or self._awaits_columns or self._congested:
+        elif self.unanswered:
             self._kept += data
             if len(self._kept) > messages.MAX_KEPT:
                 raise PeerViolation(f"more than `{messages.MAX_KEPT}` bytes behind an open question", Side.CLIENT)
@@ -198,8 +200,11 @@ class Relay:
             if entry.kind == EXECUTE and self._catalog is not None:
                 out.append(Send(Side.SERVER, messages.describe(b"P", entry.name)))
                 self._pipeline.expect(Expected(DESCRIBE_PORTAL, hidden=True, portal=entry.portal))
-            if self._asked_changes_lexer and entry.kind != PARSE:
-                self._text.unsettle()
+            if entry.kind != PARSE:
+                if self._asked_changes_lexer:
+                    self._text.unsettle()
+                if entry.deallocates:
+                    self._pipeline.taint(entry.deallocates)
             self._pipeline.expect(entry)
         else:
             out.append(Send(Side.SERVER, self._failing(entry)))
@@ -270,6 +275,9 @@ class Relay:
                     except Malformed as error:
                         raise PeerViolation(f"message `{chr(kind)}`: {error}", Side.CLIENT) from None
                     if step is _STOP:
+                        if kind not in halts:
+                            self._flush(out, data, approved, position)
+                            self._inbox, self._position, self._approved = data, position, position
                         return out
                     if kind == _X:
                         self._flush(out, data, approved, stop)
@@ -311,8 +319,7 @@ class Relay:
                 # the server would read and ignore it
                 self._sync_in_copy = True
                 return _DROP
-            pipeline.skipping = False
-            pipeline.queue.append(Expected(SYNC))
+            pipeline.sync()
             return _PASS
         if kind == _X:
             return _PASS
@@ -365,6 +372,9 @@ class Relay:
         pipeline = self._pipeline
         name, behind = self._name(data, position + 5, stop)
         prepared, behind = self._name(data, behind, stop)
+        if pipeline.uncertain(prepared, portal=False):
+            self._awaits_replies = True
+            return _STOP
         statement = pipeline.statements.get(prepared)
         if self._catalog is not None and statement is not None:
             formats = messages.result_formats(data, behind, stop)
@@ -396,6 +406,9 @@ class Relay:
             entry = Expected(QUERY)
         elif kind == _E:
             name = self._name(data, start, stop)[0]
+            if pipeline.uncertain(name, portal=True):
+                self._awaits_replies = True
+                return _STOP
             portal = pipeline.portals.get(name)
             described = self._execution(name, portal)
             entry = Expected(EXECUTE, name=name, portal=portal)
@@ -534,6 +547,9 @@ class Relay:
             return self._scan(out)
         if self._awaits_columns and not any(entry.hidden for entry in self._pipeline.queue):
             self._awaits_columns = False
+            return self._scan(out)
+        if self._awaits_replies:
+            self._awaits_replies = False
             return self._scan(out)
         return out
 
@@ -724,7 +740,7 @@ class Relay:
         self._pipeline.queue.clear()
         self.closed = True
         self._asked = None
-        self._awaits_columns = self._congested = False
+        self._awaits_columns = self._awaits_replies = self._congested = False
         self._inbox = b""
         self._kept = bytearray()
         self._reply_kept = bytearray()

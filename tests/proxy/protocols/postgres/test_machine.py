@@ -103,8 +103,11 @@ def test_bytes_in_front_of_a_handshake_are_a_violation() -> None:
     for early in (True, False):
         machine = Machine(offer_tls=True)
         with pytest.raises(PeerViolation, match="in front of its TLS handshake") as violation:
-            machine.receive(C, SSL + startup() if early else SSL)
-            machine.receive(C, b"x")
+            if early:
+                machine.receive(C, SSL + startup())
+            else:
+                machine.receive(C, SSL)
+                machine.receive(C, b"x")
         assert violation.value.side is C
     machine = Machine(offer_tls=False)
     machine.receive(C, startup())
