@@ -248,6 +248,44 @@ def echo_password(connection: socket.socket) -> None:
     connection.recv(1)
 
 
+def log_in(connection: socket.socket) -> None:
+    """Takes anybody, and waits for the first query."""
+    read_startup(connection)
+    parameters = {"server_version": "15.0", "client_encoding": "UTF8", "standard_conforming_strings": "on"}
+    welcome = message(b"R", bytes(4))
+    for name, value in parameters.items():
+        welcome += message(b"S", f"{name}\0{value}\0".encode())
+    connection.sendall(welcome + message(b"K", bytes(8)) + message(b"Z", b"I"))
+    kind = connection.recv(5, socket.MSG_WAITALL)
+    connection.recv(struct.unpack("!I", kind[1:])[0] - 4, socket.MSG_WAITALL)
+
+
+def answer_garbage(connection: socket.socket) -> None:
+    log_in(connection)
+    connection.sendall(b"\xff\xfe\xfd\xfc" * 1000)
+    connection.recv(1)
+
+
+def announce_a_row_too_large(connection: socket.socket) -> None:
+    log_in(connection)
+    columns = struct.pack("!H", 1) + b"a\0" + struct.pack("!IHIhih", 0, 0, 25, -1, -1, 0)
+    connection.sendall(message(b"T", columns) + b"D" + struct.pack("!I", 0x7FFFFFFF) + bytes(100_000))
+    connection.recv(1)
+
+
+def ask_for_the_password_late(connection: socket.socket) -> None:
+    """A second authentication, when the login is long done: nothing may answer it."""
+    log_in(connection)
+    connection.sendall(message(b"R", struct.pack("!I", 3)))
+    connection.recv(1)
+
+
+def reset_in_a_reply(connection: socket.socket) -> None:
+    log_in(connection)
+    connection.sendall(b"D" + struct.pack("!I", 100) + bytes(20))
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
 def say_nothing(connection: socket.socket) -> None:
     while connection.recv(4096):
         pass

@@ -104,6 +104,10 @@ BEHAVIOURS = {
     6006: beds.announce_too_much,
     6007: beds.echo_password,
     6008: beds.say_nothing,
+    6009: beds.answer_garbage,
+    6010: beds.announce_a_row_too_large,
+    6011: beds.ask_for_the_password_late,
+    6012: beds.reset_in_a_reply,
 }
 BLACKHOLE = "198.51.100.1"
 SLOW = {
@@ -111,6 +115,13 @@ SLOW = {
     "silent": Peer(f"{DATABASE}:6008", "did not finish the login in time", PLAIN),
 }
 
+
+RESETS = f"{DATABASE}:6012"
+AFTER_LOGIN = {
+    "answers-garbage": Peer(f"{DATABASE}:6009", "broke the protocol", PLAIN),
+    "row-too-large": Peer(f"{DATABASE}:6010", "broke the protocol", PLAIN),
+    "late-password": Peer(f"{DATABASE}:6011", "broke the protocol", PLAIN),
+}
 
 WAITING_CLIENT = """
 import json, socket, struct, sys, time
@@ -170,8 +181,9 @@ def world() -> Iterator[Bed]:
                 target(name, peer.address, tls=peer.tls, credential=peer.credential).replace(
                     beds.SERVER_NAME, peer.server_name
                 )
-                for name, peer in {**PEERS, **SLOW}.items()
+                for name, peer in {**PEERS, **SLOW, **AFTER_LOGIN}.items()
             )
+            + target("resets", RESETS, tls=PLAIN)
             + beds.rules()
         )
         credentials = made.gateway.directory / "credentials"
@@ -248,6 +260,37 @@ def check(bed: Bed, name: str, peer: Peer, answer: Answer) -> None:
     told = " ".join(str(record.get("text", "")) + str(record.get("reason", "")) for record in records)
     assert (peer.recorded or peer.said).lower() in told.lower()
     assert not [record for record in records if record["is"] == "ruled"]
+
+
+@pytest.mark.parametrize("name", AFTER_LOGIN)
+def test_a_server_that_turns_hostile_after_the_login_ends_its_session_with_a_word(world: Bed, name: str) -> None:
+    peer = AFTER_LOGIN[name]
+    answer = ask(world, peer.address)
+    assert answer.seconds < 10
+    assert answer.status == 2
+    assert answer.stderr.count("FATAL: ") == 1, answer.stderr
+    assert peer.said in answer.stderr
+    assert peer.said in ending(world, name)
+
+
+def ending(bed: Bed, name: str) -> str:
+    """Why the one session with this target was closed, as its recording says."""
+
+    def closed() -> list[str]:
+        return [str(row["id"]) for row in bed.sessions() if row["target"] == name and row["state"] == "closed"]
+
+    beds.wait_until(lambda: bool(closed()), f"the session with `{name}` is closed")
+    (session,) = closed()
+    last = bed.replay(session)[-1]
+    assert last["is"] == "closed"
+    return str(last["reason"])
+
+
+def test_a_server_that_vanishes_in_a_reply_looks_to_the_client_as_it_would_without_us(world: Bed) -> None:
+    answer = ask(world, RESETS)
+    assert answer.status == 2
+    assert "connection to server was lost" in answer.stderr
+    assert ending(world, "resets") == "the server closed the connection"
 
 
 def test_the_next_client_is_served_after_all_of_them(world: Bed) -> None:
