@@ -16,9 +16,18 @@ from __future__ import annotations
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from proxy.model import ColumnMask, Masker
-from proxy.protocols.postgres.messages import Malformed, frame, query, read_cstring
+from proxy.protocols.postgres.messages import MAX_MASKED_ROW, Malformed, query, read_cstring
+
+_DATA_ROW: Final = ord("D")
+_NULL = b"\xff\xff\xff\xff"
+_unsigned = struct.Struct(">I").unpack_from
+_signed = struct.Struct(">i").unpack_from
+_short = struct.Struct(">H").unpack_from
+_size = struct.Struct(">I").pack
+_head = struct.Struct(">BI").pack
 
 FIRST_NORMAL_OID = 16_384
 """OIDs below belong to what initdb made."""
@@ -179,43 +188,58 @@ class Catalog:
         return None
 
 
-def mask_row(data: bytes, start: int, end: int, plan: Plan) -> bytes:
-    """The DataRow whose body is `data[start:end]` again, masked. Raises `Malformed`."""
+def mask_rows(data: bytes, position: int, end: int, plan: Plan, pieces: list[bytes]) -> tuple[int, int]:
+    """Masks the DataRows from `position` on, up to the first message that is none or has not wholly come before `end`:
+    adds them to `pieces`, and returns where that message is and how many rows there were. The first row is whole.
+    Raises `Malformed`."""
+    rows = 0
+    copied = position
+    steps = []
+    column = 0
+    for index, masker in plan.masks:
+        steps.append((range(index - column), masker))
+        column = index + 1
     try:
-        (count,) = struct.unpack_from(">H", data, start)
-        if count != plan.count:
-            raise Malformed(f"a row has `{count}` columns and its description `{plan.count}`")
-        position = start + 2
-        parts: list[bytes] = []
-        copied = start
-        column = 0
-        for index, masker in plan.masks:
-            while column < index:
-                (size,) = struct.unpack_from(">i", data, position)
-                position += 4 + size if size > 0 else 4
-                column += 1
-            (size,) = struct.unpack_from(">i", data, position)
-            column += 1
-            if size < 0:
-                position += 4
-                continue
-            stop = position + 4 + size
-            if stop > end:
+        while end - position >= 5 and data[position] == _DATA_ROW:
+            (size,) = _unsigned(data, position + 1)
+            stop = position + 1 + size
+            if stop > end or not 6 <= size <= MAX_MASKED_ROW:
+                break
+            (count,) = _short(data, position + 5)
+            if count != plan.count:
+                raise Malformed(f"a row has `{count}` columns and its description `{plan.count}`")
+            pieces += (data[copied:position], b"")
+            head = len(pieces) - 1
+            copied = position + 5
+            at = position + 7
+            for skipped, masker in steps:
+                for _ in skipped:
+                    (length,) = _signed(data, at)
+                    at += 4 + length if length > 0 else 4
+                (length,) = _signed(data, at)
+                if length < 0:
+                    at += 4
+                    continue
+                behind = at + 4 + length
+                if behind > stop:
+                    raise Malformed("a value exceeds its row")
+                if masker is None:
+                    pieces += (data[copied:at], _NULL)
+                    size -= length
+                else:
+                    value = masker(data[at + 4 : behind])
+                    pieces += (data[copied:at], _size(len(value)), value)
+                    size += len(value) - length
+                at = copied = behind
+            if at > stop:
                 raise Malformed("a value exceeds its row")
-            parts.append(data[copied:position])
-            if masker is None:
-                parts.append(b"\xff\xff\xff\xff")
-            else:
-                value = masker(data[position + 4 : stop])
-                parts.append(struct.pack(">i", len(value)))
-                parts.append(value)
-            position = copied = stop
+            pieces[head] = _head(_DATA_ROW, size)
+            position = stop
+            rows += 1
     except struct.error:
         raise Malformed("a row ends early") from None
-    if position > end:
-        raise Malformed("a value exceeds its row")
-    parts.append(data[copied:end])
-    return frame(b"D", *parts)
+    pieces.append(data[copied:position])
+    return position, rows
 
 
 class CatalogReader:

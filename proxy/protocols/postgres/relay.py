@@ -31,7 +31,7 @@ from typing import Final
 from proxy.model import Decision, OperationKind, Ruling
 from proxy.protocols.base import AskRuling, Buffer, Close, Command, Completed, PeerViolation, Send, Side
 from proxy.protocols.postgres import messages, operations
-from proxy.protocols.postgres.columns import NOTHING, Catalog, CatalogChanged, Plan, mask_row
+from proxy.protocols.postgres.columns import NOTHING, Catalog, CatalogChanged, Plan, mask_rows
 from proxy.protocols.postgres.messages import MAX_FRAME, MAX_NAME, MAX_PENDING, MAX_STATEMENT, Malformed
 from proxy.protocols.postgres.operations import Described
 from proxy.protocols.postgres.pipeline import (
@@ -139,7 +139,7 @@ class Relay:
         self._congested = False
         self._sync_in_copy = False
         # the server's side
-        self._streams_down = frozenset(b"DdNA" if catalog is None else b"d")
+        self._streams_down = frozenset(b"dNA" if catalog is None else b"d")
         self._reply_kept = bytearray()
         self._reply_needed = 0
         self._reply_through = 0
@@ -484,32 +484,45 @@ class Relay:
         end = len(data)
         needed = 5
         streams = self._streams_down
+        unmasked = self._catalog is None
         try:
             while end - position >= 5:
                 kind = data[position]
                 size = _length(data, position + 1)[0]
                 stop = position + 1 + size
                 replacement = None
+                if kind == _D and (unmasked or not self._row_plan().masks):
+                    # rows come by the thousand
+                    while kind == _D:
+                        if not 4 <= size <= MAX_FRAME:
+                            raise Malformed(f"its length is `{size}`")
+                        self._rows += 1
+                        position += 1 + size
+                        if end - position < 5:
+                            break
+                        kind = data[position]
+                        size = _length(data, position + 1)[0]
+                    if position > end:
+                        self._reply_through = position - end
+                        position = end
+                    continue
+                if kind == _D:
+                    if not 6 <= size <= MAX_FRAME:
+                        raise Malformed(f"its length is `{size}`")
+                    if size > messages.MAX_MASKED_ROW:
+                        raise _Fatal("54000", f"a row of `{size}` bytes is too large to be masked")
+                    if stop > end:
+                        needed = size + 1
+                        break
+                    pieces.append(data[start:position])
+                    start, rows = mask_rows(data, position, end, self._row_plan(), pieces)
+                    self._rows += rows
+                    position = start
+                    continue
                 if kind in streams:
                     if not 4 <= size <= MAX_FRAME:
                         raise Malformed(f"its length is `{size}`")
-                    self._rows += kind in b"Dd"
-                    if stop > end:
-                        self._reply_through = stop - end
-                        position = end
-                        break
-                elif kind == _D:
-                    plan = self._row_plan()
-                    if not 4 <= size <= MAX_FRAME:
-                        raise Malformed(f"its length is `{size}`")
-                    if plan.masks:
-                        if size > messages.MAX_MASKED_ROW:
-                            raise _Fatal("54000", f"a row of `{size}` bytes is too large to be masked")
-                        if stop > end:
-                            needed = size + 1
-                            break
-                        replacement = mask_row(data, position + 5, stop, plan)
-                    self._rows += 1
+                    self._rows += kind == _d
                     if stop > end:
                         self._reply_through = stop - end
                         position = end
