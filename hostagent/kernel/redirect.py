@@ -2,7 +2,12 @@
 
     nat     OUTPUT, PREROUTING  TCP SYNs to protected ports (any address) and to the targets' endpoints: REDIRECT
     filter  INPUT               packets to the listener's port that were not redirected: reset
-    filter  OUTPUT, FORWARD     UDP to the same destinations: rejected
+    filter  OUTPUT, FORWARD     SYNs and UDP to the same destinations: rejected; of IPv4, fragments of TCP: dropped
+
+What is redirected has another destination by the time it comes to the filter table, so a SYN that it finds has escaped:
+nat looks only at what conntrack takes for the beginning of a connection. conntrack is easily made to believe in a
+connection that it has missed (one packet that is no SYN is enough, and a socket that outlives its entry sends one), and
+does not reassemble for a raw socket with IP_NODEFRAG.
 
 Everything is in chains and sets of our own, for IPv4 and IPv6; each table's rules go in as one transaction, with
 exactly one jump, in front. Rules look at SYNs only, so that connections which exist already go on. The workers' own
@@ -31,8 +36,11 @@ _PORTS_SET = "hopgate-ports"
 _ENDPOINTS_SET = {4: "hopgate-4", 6: "hopgate-6"}
 _CHAINS = {
     "nat": {"OUTPUT": "HOPGATE-OUT", "PREROUTING": "HOPGATE-PRE"},
-    "filter": {"INPUT": "HOPGATE-IN", "OUTPUT": "HOPGATE-UDP", "FORWARD": "HOPGATE-UDP"},
+    "filter": {"INPUT": "HOPGATE-IN", "OUTPUT": "HOPGATE-OUT", "FORWARD": "HOPGATE-FWD"},
 }
+_ESCAPES = ("HOPGATE-OUT", "HOPGATE-FWD")
+# not `--syn`: to conntrack a SYN with FIN is invalid and never gets to nat, but not every server minds it
+_BEGINS_TCP = "-p tcp --tcp-flags SYN,ACK SYN"
 _TIMEOUT_S = 30
 _WAIT_S = "5"
 
@@ -162,7 +170,14 @@ def _restore_text(rules: Rules, family: int) -> str:
         "filter": [
             f"-A HOPGATE-IN -p tcp --dport {rules.listen_port} -m conntrack ! --ctstate DNAT "
             "-j REJECT --reject-with tcp-reset",
-            *(f"-A HOPGATE-UDP -p udp {match} -j REJECT --reject-with {unreachable}" for match in matches),
+            f"-A HOPGATE-OUT {exempt} -j RETURN",
+            *(f"-A {chain} -p tcp -f -j DROP" for chain in _ESCAPES if family == 4),
+            *(
+                f"-A {chain} {what} {match} -j REJECT --reject-with {answer}"
+                for chain in _ESCAPES
+                for what, answer in ((_BEGINS_TCP, "tcp-reset"), ("-p udp", unreachable))
+                for match in matches
+            ),
         ],
     }
     lines: list[str] = []
