@@ -388,6 +388,7 @@ def test_more_clients_than_a_worker_has_descriptors_cost_no_worker(world: World)
             crowd.communicate()
         wait_until(lambda: world.status()["open_sessions"] == 1, "the crowd's sessions closed", 20)
     assert world.workers() == workers
+    assert "this worker has no room for more connections" in world.gateway.log()
     assert world.psql("SELECT 'after'", tls="require").stdout == "after\n"
 
 
