@@ -430,6 +430,19 @@ def test_what_the_server_skipped_does_not_change_what_a_name_stands_for(gateway:
     client.close()
 
 
+def test_a_name_that_sql_may_have_given_to_another_statement_is_not_trusted(gateway: Pump) -> None:
+    client = RawClient("127.0.0.1", gateway.port)
+    for text in ("DEALLOCATE s", "DEALLOCATE ALL", "SELECT 1; DEALLOCATE s; PREPARE s AS SELECT 'other'"):
+        client.send(parse("s", "SELECT 'mine'") + SYNC)
+        assert codes(client.until_ready()) == []
+        client.send(query(text) + query("PREPARE s AS SELECT 'other'") + bind("", "s") + execute("") + SYNC)
+        seen = client.until_ready(3)
+        assert "42501" in codes(seen) and not any(b"other" in body for kind, body in seen if kind == "D")
+        client.send(query("DEALLOCATE ALL"))
+        client.until_ready()
+    client.close()
+
+
 def test_names_that_could_stand_for_others_end_the_session(gateway: Pump) -> None:
     for name in ("x" * 64, "é"):
         client = RawClient("127.0.0.1", gateway.port)
