@@ -24,7 +24,8 @@ import structlog
 import uvloop
 
 from hostagent import kernel
-from hostagent.attribution import AgentMatcher, Attribution
+from hostagent.alerts import Alerts
+from hostagent.attribution import AgentMatcher, Attribution, Undecidable, build_chain
 from hostagent.cancels import CancelTable
 from hostagent.certificates import open_authority
 from hostagent.control.approvals import Approvals
@@ -37,10 +38,11 @@ from hostagent.notify import notify, watchdog_interval_s
 from hostagent.policies import ActivePolicy, PolicyUnusable
 from hostagent.service import Misconduct, Service, memory_file
 from hostagent.settings import Settings
+from hostagent.watch import Watch, policy_stamp
 from hostagent.workers import WorkerProcess, Workers, account
 from proxy import journal, ports
 from proxy.gateway.listener import BACKLOG, endpoint
-from proxy.model import Chain, Endpoint
+from proxy.model import Chain, Endpoint, ProcessImage
 
 log = structlog.get_logger()
 
@@ -54,8 +56,10 @@ RECORD_AGE_S = 30.0
 class Daemon:
     """One per host (per network namespace, to be exact)."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, config: Path | None = None) -> None:
+        """`config` is the file that the settings came from."""
         self.settings = settings
+        self._config = config
         self.started_s = time.time()
         self._stopping = asyncio.Event()
         self._serving = asyncio.Event()
@@ -69,6 +73,8 @@ class Daemon:
             _make(directory)
         key = mask_key(settings.state_dir)
         self.policy = ActivePolicy(settings.policy_dir, key)
+        self._alerts = Alerts(settings.state_dir / "alerts")
+        policy_loaded = policy_stamp(settings.policy_dir)
         try:
             self.policy.reload()
         except PolicyUnusable as error:
@@ -98,6 +104,17 @@ class Daemon:
         self._muster = endpoint(*muster.getsockname()[:2])
         self.pins = await asyncio.to_thread(kernel.start, self._kernel_settings, self._scope())
         self._attribution = Attribution(self.pins, AgentMatcher(self.policy.resolved.agents))
+        self._guard = await asyncio.to_thread(kernel.Guard, self._kernel_settings, self.pins, self._scope())
+        authority_dir = settings.state_dir / "ca"
+        self.watch = Watch(
+            guard=self._guard,
+            alerts=self._alerts,
+            kept=(authority_dir / "ca.pem", authority_dir / "ca.key", settings.state_dir / "mask.key"),
+            policy_dir=settings.policy_dir,
+            policy_loaded=policy_loaded,
+            config=self._config,
+            name_chain=self._name_chain,
+        )
 
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
@@ -130,6 +147,7 @@ class Daemon:
                 tasks.create_task(self._accept_musters(muster)),
                 tasks.create_task(self.workers.supervise()),
                 tasks.create_task(self._sweep()),
+                tasks.create_task(self.watch.run()),
                 tasks.create_task(self._tell_when_ready()),
             ]
             await self._stopping.wait()
@@ -138,6 +156,7 @@ class Daemon:
             await control.stop()
             for task in background:
                 task.cancel()
+        self._guard.close()
         self._store.close()
 
     # --- what the control socket asks ---------------------------------------------------------------------------------
@@ -166,16 +185,24 @@ class Daemon:
             "kernel": self.pins.counters(),
             "overflowed": self.pins.overflowed(),
             "up_s": round(time.time() - self.started_s),
+            **self.watch.report(),
         }
 
     def reload(self) -> str:
         """Takes the policy on disk; returns its version. Raises `PolicyUnusable`: then the old one stays."""
+        self.watch.policy_taken()
         self.policy.reload()
-        kernel.apply_scope(self._kernel_settings, self.pins, self._scope())
+        self._guard.apply(self._scope())
         self._attribution.agents = AgentMatcher(self.policy.resolved.agents)
         self._send_policy(list(self.workers.running.values()))
         self._notify_status()
         return self.policy.compiled.version
+
+    def _name_chain(self, lineage: tuple[ProcessImage, ...]) -> str:
+        try:
+            return str(build_chain(lineage, self._attribution.agents.match))
+        except Undecidable as error:
+            return f"agents undecidable: {error}"
 
     def _reload_logged(self) -> None:
         try:
@@ -246,7 +273,7 @@ class Daemon:
             self.pins.sweep(RECORD_AGE_S)
             if self.pins.overflowed() and not lost:
                 lost = True
-                log.error("processes or connections lost their label and are denied", kernel=self.pins.counters())
+                self._alerts.alert(f"processes or connections lost their label and are denied: {self.pins.counters()}")
 
     async def _tell_when_ready(self) -> None:
         await self._serving.wait()
@@ -296,13 +323,13 @@ def _make(directory: Path) -> None:
         raise OperatorError(f"cannot make directory `{directory}`: {error.strerror}") from error
 
 
-def run(settings: Settings) -> None:
+def run(settings: Settings, config: Path | None = None) -> None:
     """Runs the host agent in the foreground. Raises `OperatorError` when it cannot start."""
     if os.geteuid() != 0:
         raise OperatorError("hopgate has to be started by root: use the systemd unit")
     journal.configure(settings.log_level)
-    uvloop.run(_run(settings))
+    uvloop.run(_run(settings, config))
 
 
-async def _run(settings: Settings) -> None:
-    await Daemon(settings).serve()
+async def _run(settings: Settings, config: Path | None) -> None:
+    await Daemon(settings, config).serve()

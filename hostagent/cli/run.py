@@ -10,4 +10,4 @@ def run(config: Config = DEFAULT_CONFIG) -> None:
     given = settings(config)
     from hostagent import daemon
 
-    daemon.run(given)
+    daemon.run(given, config)

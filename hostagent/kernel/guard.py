@@ -40,6 +40,8 @@ class Guard:
         self._own = Pins.open(settings.pin_dir)
         self._lock = threading.Lock()
         self._held: dict[str, int] = {}
+        self.notified = redirect.notified()
+        """Whether the kernel tells about changes of the rules."""
         self._config = bytes(self._own.config())
         try:
             for name in pinned_names():
@@ -60,19 +62,20 @@ class Guard:
         """Takes another scope. Raises `KernelError`."""
         with self._lock:
             self._scope = scope
+            self._rules = redirect.Rules.of(self._settings, scope)
             self._installed = apply_scope(self._settings, self._pins, scope)
 
     def repair(self, *, rules: bool = True) -> list[str]:
-        """Says what was changed, all of which is put back. Without `rules`, only what is cheap to look at. Raises
+        """Says what was changed, all of which is put back. Without `rules` they are taken as they should be. Raises
         `KernelError` or `OSError` when something cannot be put back: to be tried again."""
         with self._lock, turn.taken(self._settings.run_dir):
             if not self._held:
                 return []
-            found = self._repair_pins()
+            # first what opens a way
+            found = redirect.repair(self._rules, self._installed, look_at_rules=rules)
+            found += self._repair_pins()
             found += self._repair_attachment()
             found += self._repair_maps()
-            if rules:
-                found += self._repair_rules()
             return found
 
     # --- what is attached ---------------------------------------------------------------------------------------------
@@ -119,17 +122,6 @@ class Guard:
         for node in self._own.exempted() - self._pins.exempt_here:
             self._own.unexempt(node)
             found.append(f"process image {node} was exempted from the redirect by somebody else")
-        return found
-
-    # --- rules --------------------------------------------------------------------------------------------------------
-
-    def _repair_rules(self) -> list[str]:
-        found = redirect.differences(self._installed)
-        if found:
-            redirect.install(redirect.Rules.of(self._settings, self._scope))
-            left = redirect.differences(self._installed)
-            if left:
-                raise KernelError(f"rules were put back and are not as they were: {'; '.join(left)}")
         return found
 
     # --- who ----------------------------------------------------------------------------------------------------------

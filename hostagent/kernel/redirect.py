@@ -73,7 +73,7 @@ def install(rules: Rules) -> str:
     Raises `KernelError`; what was there before is then still complete for the family that failed."""
     _fill_sets(rules)
     for family in _FAMILIES:
-        _run([f"{_IPTABLES[family]}-restore", "--noflush", "--wait", _WAIT_S], _restore_text(rules, family))
+        _restore(family, "".join(_table_text(rules, family, table, _saved(family, table)) for table in _CHAINS))
     return _fingerprint()
 
 
@@ -82,14 +82,37 @@ def present(installed: str) -> bool:
     return _fingerprint() == installed
 
 
-def differences(installed: str) -> list[str]:
-    """The lines that are there and should not be (`+`) or should be and are not (`-`); empty when `present`."""
-    wanted, found = installed.splitlines(), _fingerprint().splitlines()
+def repair(rules: Rules, installed: str, *, look_at_rules: bool = True) -> list[str]:
+    """Puts right what is not as `install` left it, each table as soon as it is found wrong. Says which lines were not
+    there (`-`) and which should not have been (`+`). Raises `KernelError`."""
+    wanted = installed.splitlines()
+    changes: list[str] = []
+    for table in _CHAINS if look_at_rules else ():
+        for family in _FAMILIES:
+            saved = _saved(family, table)
+            found = _of_table(saved, family, table)
+            change = _compared([line for line in wanted if line.startswith(f"IPv{family} {table}: ")], found)
+            if change:
+                text = _table_text(rules, family, table, saved)
+                try:
+                    _restore(family, text)
+                except KernelError:
+                    # the sets may be gone as well
+                    _fill_sets(rules)
+                    _restore(family, text)
+            changes += change
+    change = _compared([line for line in wanted if not line.startswith("IPv")], _of_sets())
+    if change:
+        _fill_sets(rules)
+    return changes + change
+
+
+def _compared(wanted: list[str], found: list[str]) -> list[str]:
     if wanted == found:
         return []
     changed = [f"- {line}" for line in wanted if line not in found]
     changed += [f"+ {line}" for line in found if line not in wanted]
-    return changed or ["the order of the rules"]
+    return changed or [f"the order of {', '.join(found)}"]
 
 
 def notified() -> bool:
@@ -153,7 +176,12 @@ def _fill_sets(rules: Rules) -> None:
 # --- rules ------------------------------------------------------------------------------------------------------------
 
 
-def _restore_text(rules: Rules, family: int) -> str:
+def _restore(family: int, text: str) -> None:
+    _run([f"{_IPTABLES[family]}-restore", "--noflush", "--wait", _WAIT_S], text)
+
+
+def _table_text(rules: Rules, family: int, table: str, saved: list[str]) -> str:
+    """What replaces our chains of a table, and the jumps to them unless they are right, as one transaction."""
     matches = (f"-m set --match-set {_PORTS_SET} dst", f"-m set --match-set {_ENDPOINTS_SET[family]} dst,dst")
     exempt = f"-m cgroup --path {_quoted(rules.worker_cgroup)} -m mark --mark {rules.mark:#x}"
     redirect = f"-j REDIRECT --to-ports {rules.listen_port}"
@@ -180,20 +208,15 @@ def _restore_text(rules: Rules, family: int) -> str:
             ),
         ],
     }
-    lines: list[str] = []
-    for table, jumps in _CHAINS.items():
-        lines.append(f"*{table}")
-        # declaring a chain empties it, within the same transaction that fills it
-        lines += [f":{chain} - [0:0]" for chain in dict.fromkeys(jumps.values())]
-        lines += bodies[table]
-        saved = _saved(family, table)
-        for hook, chain in jumps.items():
-            there = _jumps(saved, hook, chain)
-            if there != [0]:
-                lines += [f"-D {hook} -j {chain}"] * len(there)
-                lines.append(f"-I {hook} 1 -j {chain}")
-        lines.append("COMMIT")
-    return "\n".join(lines) + "\n"
+    jumps = _CHAINS[table]
+    # declaring a chain empties it, within the same transaction that fills it
+    lines = [f"*{table}", *(f":{chain} - [0:0]" for chain in dict.fromkeys(jumps.values())), *bodies[table]]
+    for hook, chain in jumps.items():
+        there = _jumps(saved, hook, chain)
+        if there != [0]:
+            lines += [f"-D {hook} -j {chain}"] * len(there)
+            lines.append(f"-I {hook} 1 -j {chain}")
+    return "\n".join([*lines, "COMMIT", ""])
 
 
 def _quoted(path: str) -> str:
@@ -217,21 +240,28 @@ def _has_chain(saved: list[str], chain: str) -> bool:
 
 
 def _fingerprint() -> str:
-    parts: list[str] = []
-    for family in _FAMILIES:
-        for table, jumps in _CHAINS.items():
-            saved = _saved(family, table)
-            where = f"IPv{family} {table}"
-            for hook, chain in jumps.items():
-                parts.append(f"{where}: {hook} jumps to {chain} at {_jumps(saved, hook, chain)}")
-            for chain in dict.fromkeys(jumps.values()):
-                parts.append(f"{where}: chain {chain} {'is there' if _has_chain(saved, chain) else 'is gone'}")
-                parts += [f"{where}: {line}" for line in saved if line.startswith(f"-A {chain} ")]
+    parts = [
+        line for table in _CHAINS for family in _FAMILIES for line in _of_table(_saved(family, table), family, table)
+    ]
+    return "\n".join(parts + _of_sets())
+
+
+def _of_table(saved: list[str], family: int, table: str) -> list[str]:
+    where, jumps = f"IPv{family} {table}", _CHAINS[table]
+    parts = [f"{where}: {hook} jumps to {chain} at {_jumps(saved, hook, chain)}" for hook, chain in jumps.items()]
+    for chain in dict.fromkeys(jumps.values()):
+        parts.append(f"{where}: chain {chain} {'is there' if _has_chain(saved, chain) else 'is gone'}")
+        parts += [f"{where}: {line}" for line in saved if line.startswith(f"-A {chain} ")]
+    return parts
+
+
+def _of_sets() -> list[str]:
     existing = set(_run(["ipset", "list", "-name"]).split())
+    parts: list[str] = []
     for name in (_PORTS_SET, *_ENDPOINTS_SET.values()):
         saved = _run(["ipset", "save", name]).splitlines() if name in existing else [f"set {name} is gone"]
         parts += sorted(line for line in saved if not line.startswith("create "))
-    return "\n".join(parts)
+    return parts
 
 
 def _iptables(family: int, table: str, *arguments: str) -> str:
