@@ -11,6 +11,7 @@ Execute, FunctionCall) until they are ruled on; of the server's only those that 
     awaiting replies        a name is certain: it hangs on messages from before the last Sync
     congested               the server has replied to half of it
     skipping                Sync: an earlier message of the pipeline failed, and the server skips as we do
+    ended                   the server closes; it still replies to what came before Terminate
 
 A denied message is replaced by one that must fail, and the error that comes back by ours: order, transaction state
 and the skipping are then the server's own. In sessions with masks the machine adds messages of its own, whose
@@ -49,6 +50,7 @@ from proxy.protocols.postgres.pipeline import (
     Statement,
 )
 
+ENDED = "the client ended the session"
 NOT_RUN = "not run: an earlier message of the pipeline failed"
 BINARY_HINT = "ask for the text format: masks work on text only"
 RECONNECT_HINT = "connect again: the masks of a session are made from the catalog as it was at login"
@@ -138,6 +140,7 @@ class Relay:
         self._awaits_replies = False
         self._congested = False
         self._sync_in_copy = False
+        self._ended = False
         # the server's side
         self._streams_down = frozenset(b"dNA" if catalog is None else b"d")
         self._reply_kept = bytearray()
@@ -155,7 +158,7 @@ class Relay:
     def receive_client(self, data: Buffer) -> list[Command]:
         if type(data) is not bytes:
             data = bytes(data)
-        if self.closed:
+        if self.closed or self._ended:
             return []
         start = 0
         if self._through:
@@ -281,7 +284,7 @@ class Relay:
                         return out
                     if kind == _X:
                         self._flush(out, data, approved, stop)
-                        return self._close(out, "the client ended the session")
+                        return self._end(out)
                     if step is _DROP:
                         self._flush(out, data, approved, position)
                         approved = min(stop, end)
@@ -737,7 +740,16 @@ class Relay:
 
     def abandon(self, reason: str) -> list[Command]:
         """The end without a word."""
-        return [] if self.closed else self._close([], reason)
+        return [] if self.closed else self._close([], ENDED if self._ended else reason)
+
+    def _end(self, out: list[Command]) -> list[Command]:
+        """Terminate was passed on: what is owed still comes, and is recorded, before the server closes."""
+        if self._pipeline.first() is None:
+            return self._close(out, ENDED)
+        self._ended = True
+        self._inbox = b""
+        self._kept = bytearray()
+        return out
 
     def _fatal(self, out: list[Command], code: str, message: str, hint: str = "") -> list[Command]:
         if not self._reply_through:
