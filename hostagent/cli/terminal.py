@@ -25,8 +25,9 @@ def console() -> Console:
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Prints a plain table."""
+    """Prints a plain table. The first column, what other verbs are told, is whole however narrow the terminal is."""
     drawn = Table(*columns, box=None, pad_edge=False, header_style="bold")
+    drawn.columns[0].min_width = max((len(visible(str(row[0]))) for row in rows), default=0)
     for row in rows:
         drawn.add_row(*(Text(visible(str(cell))) for cell in row))
     console().print(drawn)

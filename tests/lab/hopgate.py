@@ -129,6 +129,8 @@ class Gateway:
             capture_output=True,
             text=True,
             timeout=timeout_s,
+            # Python's own view: pytest loads readline, which sets COLUMNS where Python does not see it
+            env=dict(os.environ),
         )
         if check and done.returncode != 0:
             raise GatewayError(
