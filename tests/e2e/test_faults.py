@@ -18,7 +18,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -88,8 +88,6 @@ print(json.dumps({"answered": answered, "refused": refused, "lost": len(lost)}))
 @dataclass
 class World(Bed):
     """A bed whose index and recordings lie on file systems of their own, that can be full."""
-
-    programs: list[int] = field(default_factory=list)
 
     def recorded_statements(self) -> set[str]:
         """Every statement that some recording holds as allowed."""
@@ -499,7 +497,7 @@ def rules_of(world: World) -> list[str]:
 
 
 def programs_of(world: World) -> list[int]:
-    """The ids of the programs that are pinned, and of those that run as tracepoints and hooks by these links."""
+    """The kernel's ids of the programs that are pinned."""
     found = []
     for pin in sorted(world.gateway.pin_dir.glob("program_*")):
         said = subprocess.run(
