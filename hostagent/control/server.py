@@ -76,9 +76,7 @@ class ControlServer:
         """Serves; takes the path first, if that was not done. Raises `ControlUnavailable`."""
         if self._listener is None:
             self.claim()
-        self._server = await asyncio.start_unix_server(
-            self._connected, sock=self._listener, limit=messages.MAX_REQUEST
-        )
+        self._server = await asyncio.start_unix_server(self._connected, sock=self._listener, limit=messages.MAX_REQUEST)
 
     async def stop(self) -> None:
         """Takes the socket away. Requests that are being answered are not waited for."""
