@@ -8,7 +8,7 @@
 #ifndef HOPGATE_ABI_H
 #define HOPGATE_ABI_H
 
-#define HOPGATE_ABI 1
+#define HOPGATE_ABI 2
 
 #define COMM_BYTES 16
 #define PATH_BYTES 128
@@ -77,12 +77,19 @@ struct hopgate_connect_record {
 	__u32 flags;
 };
 
-/* A member of the scope: (address, port) as in connect_key; a protected port has family 0 and no address. */
+/*
+ * A member of the scope, in a trie of prefixes: the family, the port, and as much of an address (as in connect_key) as
+ * the prefix says. A protected port has family 0 and no address. Family and port always count as a whole, so that the
+ * order of their bytes does not matter.
+ */
 struct hopgate_scope_key {
+	__u32 prefix;	/* bits that count: SCOPE_PORT_BITS, and those of the address */
+	__u16 family;
+	__u16 port;
 	__u8 address[16];
-	__u32 family;
-	__u32 port;
 };
+
+#define SCOPE_PORT_BITS 32
 
 /* What the task iterator tells about one process. */
 struct hopgate_task_row {

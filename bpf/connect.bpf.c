@@ -21,7 +21,7 @@
 
 BPF_TABLE_PINNED("hash", struct hopgate_connect_key, struct hopgate_connect_record, connects, CONNECTS_MAX,
 		 PINS "/connects");
-BPF_TABLE_PINNED("hash", struct hopgate_scope_key, u32, scope, SCOPE_MAX, PINS "/scope");
+BPF_TABLE_PINNED("lpm_trie", struct hopgate_scope_key, u32, scope, SCOPE_MAX, PINS "/scope", BPF_F_NO_PREALLOC);
 BPF_TABLE_PINNED("hash", u64, u32, exempt, EXEMPT_MAX, PINS "/exempt");
 
 #define AF_INET 2
@@ -70,10 +70,12 @@ static inline bool read_key(struct bpf_sock_ops *ops, struct hopgate_connect_key
 
 static inline bool in_scope(struct hopgate_connect_key *key)
 {
-	struct hopgate_scope_key member = {.port = key->dest_port};
+	struct hopgate_scope_key member = {.prefix = SCOPE_PORT_BITS, .port = key->dest_port};
 
 	if (scope.lookup(&member))
 		return true;
+	/* the longest question: a trie answers with whatever prefix of it is a member */
+	member.prefix = 8 * (sizeof(member) - sizeof(member.prefix));
 	member.family = key->family;
 	__builtin_memcpy(member.address, key->dest, sizeof(member.address));
 	return scope.lookup(&member);

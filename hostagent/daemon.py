@@ -34,6 +34,7 @@ from hostagent.control.sessions import Sessions
 from hostagent.control.store import Store
 from hostagent.credentials import CredentialFiles, mask_key
 from hostagent.errors import OperatorError
+from hostagent.names import Names
 from hostagent.notify import notify, watchdog_interval_s
 from hostagent.policies import ActivePolicy, PolicyUnusable
 from hostagent.service import Misconduct, Service, memory_file
@@ -47,6 +48,7 @@ from proxy.model import Chain, Endpoint, ProcessImage
 log = structlog.get_logger()
 
 SWEEP_INTERVAL_S = 5.0
+NAMES_INTERVAL_S = 1.0
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 """Inode of the first pid namespace (include/linux/proc_ns.h, PROC_PID_INIT_INO)."""
 RECORD_AGE_S = 30.0
@@ -72,8 +74,9 @@ class Daemon:
         for directory in (settings.state_dir, settings.run_dir):
             _make(directory)
         key = mask_key(settings.state_dir)
-        self.policy = ActivePolicy(settings.policy_dir, key)
         self._alerts = Alerts(settings.state_dir / "alerts")
+        self._names = Names(alert=self._alerts.alert)
+        self.policy = ActivePolicy(settings.policy_dir, key, self._names)
         policy_loaded = policy_stamp(settings.policy_dir)
         try:
             self.policy.reload()
@@ -148,6 +151,7 @@ class Daemon:
                 tasks.create_task(self.workers.supervise()),
                 tasks.create_task(self._sweep()),
                 tasks.create_task(self.watch.run()),
+                tasks.create_task(self._follow_names()),
                 tasks.create_task(self._tell_when_ready()),
             ]
             await self._stopping.wait()
@@ -263,6 +267,7 @@ class Daemon:
         return kernel.Scope(
             ports=tuple(sorted(policy.protected_ports)),
             endpoints=tuple(sorted(at for target in policy.targets for at in target.endpoints)),
+            prefixes=tuple(sorted(at for target in policy.targets for at in target.prefixes)),
             muster=self._muster,
         )
 
@@ -274,6 +279,23 @@ class Daemon:
             if self.pins.overflowed() and not lost:
                 lost = True
                 self._alerts.alert(f"processes or connections lost their label and are denied: {self.pins.counters()}")
+
+    async def _follow_names(self) -> None:
+        """Asks for the policy's names again when their time has come. Workers need not know: they ask for every
+        connection what it is."""
+        moved = False
+        while True:
+            await asyncio.sleep(NAMES_INTERVAL_S)
+            for name in self._names.due():
+                outcome = await asyncio.to_thread(self._names.ask, name)
+                moved |= self.policy.readdress(name, outcome, self.service.addresses_in_use)
+            if not moved:
+                continue
+            try:
+                self._guard.apply(self._scope())
+                moved = False
+            except kernel.KernelError as error:
+                self._alerts.alert(f"new addresses of a name are not protected yet: {error}", done="it is tried again")
 
     async def _tell_when_ready(self) -> None:
         await self._serving.wait()

@@ -109,6 +109,11 @@ class Service:
             case _:
                 assert_never(message)
 
+    @property
+    def addresses_in_use(self) -> frozenset[str]:
+        """The addresses that open sessions have dialled."""
+        return frozenset(opened.dialled.address for opened in self._open.values())
+
     def forget(self, worker: WorkerProcess) -> None:
         """A worker is gone: its open sessions are closed from their recordings."""
         for approval in list(worker.approvals):
@@ -125,9 +130,7 @@ class Service:
         policy = self._policy.compiled
         outcome = self._attribution.attribute(request.peer, request.dialled)
         chain, refusal, hint = (
-            (recordable(outcome), "", "")
-            if isinstance(outcome, Chain)
-            else (None, _why(outcome), HINT_UNATTRIBUTED)
+            (recordable(outcome), "", "") if isinstance(outcome, Chain) else (None, _why(outcome), HINT_UNATTRIBUTED)
         )
         target = policy.target_at(request.dialled)
         if not refusal and target is None:
@@ -210,7 +213,8 @@ class Service:
                 worker.channel.send(ports.Refused(id=request.id, message=f"{dialled} is no target"))
                 return
         if target is not None:
-            name, addresses = target.server_name, [each.address for each in target.endpoints]
+            # what was dialled may be one of a whole network
+            name, addresses = target.server_name, [dialled.address, *(each.address for each in target.endpoints)]
         else:
             name, addresses = dialled.address, [dialled.address]
         try:

@@ -10,12 +10,13 @@ import hashlib
 import ipaddress
 import os
 import struct
+from typing import assert_never
 
 from hostagent import resources
 from hostagent.kernel.settings import MapSizes, Settings
-from proxy.model import Endpoint
+from proxy.model import Endpoint, Prefix
 
-ABI = 1
+ABI = 2
 SOURCES = ("abi.h", "lineage.bpf.c", "connect.bpf.c")
 
 TRACEPOINTS = {"on_fork": "sched_process_fork", "on_exec": "sched_process_exec", "on_exit": "sched_process_exit"}
@@ -23,6 +24,7 @@ SOCK_OPS = "on_sock_ops"
 PROGRAMS = (*TRACEPOINTS, SOCK_OPS)
 
 DEPTH_MAX = 1024
+SCOPE_PORT_BITS = 32
 
 CONNECT_ESTABLISHED = 1
 CONNECT_AMBIGUOUS = 2
@@ -96,7 +98,12 @@ class ConnectRecord(ctypes.Structure):
 
 
 class ScopeKey(ctypes.Structure):
-    _fields_ = (("address", ctypes.c_ubyte * 16), ("family", ctypes.c_uint32), ("port", ctypes.c_uint32))
+    _fields_ = (
+        ("prefix", ctypes.c_uint32),
+        ("family", ctypes.c_uint16),
+        ("port", ctypes.c_uint16),
+        ("address", ctypes.c_ubyte * 16),
+    )
 
 
 class TaskRow(ctypes.Structure):
@@ -150,12 +157,20 @@ def connect_key(source: Endpoint, dest: Endpoint, *, local: bool) -> bytes:
     return struct.pack("=16s16sHHHH", packed, dest_packed, source.port, dest.port, family, local)
 
 
-def scope_key(member: Endpoint | int) -> bytes:
-    """An endpoint, or a port that is protected at any address."""
-    if isinstance(member, int):
-        return struct.pack("=16sII", b"", 0, member)
-    family, packed = _packed(member.address)
-    return struct.pack("=16sII", packed, family, member.port)
+def scope_key(member: Endpoint | Prefix | int) -> bytes:
+    """An endpoint, a prefix, or a port that is protected at any address."""
+    match member:
+        case int():
+            return struct.pack("=IHH16s", SCOPE_PORT_BITS, 0, member, b"")
+        case Endpoint():
+            family, packed = _packed(member.address)
+            bits = 32 if family == 4 else 128
+        case Prefix():
+            network = ipaddress.ip_network(member.network)
+            family, packed, bits = network.version, network.network_address.packed.ljust(16, b"\0"), network.prefixlen
+        case _:
+            assert_never(member)
+    return struct.pack("=IHH16s", SCOPE_PORT_BITS + bits, family, member.port, packed)
 
 
 def st_dev(device: int) -> int:

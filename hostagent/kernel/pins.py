@@ -22,7 +22,7 @@ import msgspec
 from hostagent.kernel import abi, bpf, cgroups
 from hostagent.kernel.conntrack import Conntrack
 from hostagent.kernel.settings import KernelError, Scope
-from proxy.model import Endpoint, ProcessImage
+from proxy.model import Endpoint, Prefix, ProcessImage
 
 STALE_S = 30.0
 CLOSED_S = 5.0
@@ -237,7 +237,7 @@ class Pins:
     def set_scope(self, scope: Scope) -> None:
         """Connects to these are recorded. New members are in before old ones are out. Raises `KernelError` when they do
         not fit."""
-        members: list[Endpoint | int] = [*scope.ports, *scope.endpoints]
+        members: list[Endpoint | Prefix | int] = [*scope.ports, *scope.endpoints, *scope.prefixes]
         if scope.muster is not None:
             members.append(scope.muster)
         self._muster = scope.muster

@@ -1,6 +1,6 @@
 """The netfilter rules that bring protected connections to the listener, in the network namespace of the caller.
 
-    nat     OUTPUT, PREROUTING  TCP SYNs to protected ports (any address) and to the targets' endpoints: REDIRECT
+    nat     OUTPUT, PREROUTING  TCP SYNs to protected ports (any address) and to the targets' addresses: REDIRECT
     filter  INPUT               packets to the listener's port that were not redirected: reset
     filter  OUTPUT, FORWARD     SYNs and UDP to the same destinations: rejected; of IPv4, fragments of TCP: dropped
 
@@ -28,12 +28,12 @@ from typing import Self
 
 from hostagent.kernel import cgroups, turn
 from hostagent.kernel.settings import KernelError, Scope, Settings
-from proxy.model import Endpoint
+from proxy.model import Endpoint, Prefix
 
 _FAMILIES = (4, 6)
 _IPTABLES = {4: "iptables", 6: "ip6tables"}
 _PORTS_SET = "hopgate-ports"
-_ENDPOINTS_SET = {4: "hopgate-4", 6: "hopgate-6"}
+_ENDPOINTS_SET = {4: "hopgate-targets-4", 6: "hopgate-targets-6"}
 _CHAINS = {
     "nat": {"OUTPUT": "HOPGATE-OUT", "PREROUTING": "HOPGATE-PRE"},
     "filter": {"INPUT": "HOPGATE-IN", "OUTPUT": "HOPGATE-OUT", "FORWARD": "HOPGATE-FWD"},
@@ -55,6 +55,7 @@ class Rules:
     mark: int
     ports: tuple[int, ...]
     endpoints: tuple[Endpoint, ...]
+    prefixes: tuple[Prefix, ...] = ()
 
     @classmethod
     def of(cls, settings: Settings, scope: Scope) -> Self:
@@ -64,7 +65,7 @@ class Rules:
             path = settings.worker_cgroup.relative_to(mount)
         except ValueError as error:
             raise KernelError(f"worker cgroup `{settings.worker_cgroup}` is not below `{mount}`") from error
-        return cls(settings.listen_port, str(path), settings.mark, scope.ports, scope.endpoints)
+        return cls(settings.listen_port, str(path), settings.mark, scope.ports, scope.endpoints, scope.prefixes)
 
 
 def install(rules: Rules) -> str:
@@ -156,11 +157,13 @@ def _fill_sets(rules: Rules) -> None:
     kinds = {_PORTS_SET: "bitmap:port range 0-65535"}
     for family in _FAMILIES:
         name = _ENDPOINTS_SET[family]
-        kinds[name] = f"hash:ip,port family {'inet' if family == 4 else 'inet6'} maxelem 65536"
+        kinds[name] = f"hash:net,port family {'inet' if family == 4 else 'inet6'} maxelem 65536"
+        places = [(at.address, at.port) for at in sorted(rules.endpoints)]
+        places += [(at.network, at.port) for at in sorted(rules.prefixes)]
         members[name] = [
-            f"{endpoint.address},{protocol}:{endpoint.port}"
-            for endpoint in sorted(rules.endpoints)
-            if ipaddress.ip_address(endpoint.address).version == family
+            f"{place},{protocol}:{port}"
+            for place, port in places
+            if ipaddress.ip_network(place).version == family
             for protocol in ("tcp", "udp")
         ]
     lines: list[str] = []

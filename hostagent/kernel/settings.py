@@ -8,7 +8,7 @@ from pathlib import Path
 import msgspec
 
 from hostagent.errors import OperatorError
-from proxy.model import Endpoint
+from proxy.model import Endpoint, Prefix
 
 DEFAULT_MARK = 0x0F0E
 
@@ -55,12 +55,21 @@ class Settings:
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Connects to what is recorded: `ports` at any address and the targets' `endpoints` are redirected too; `muster` is
-    where the workers connect to, directly, to show which image they are."""
+    """Connects to what is recorded: `ports` at any address and the targets' `endpoints` and `prefixes` are redirected
+    too; `muster` is where the workers connect to, directly, to show which image they are."""
 
     ports: tuple[int, ...] = ()
     endpoints: tuple[Endpoint, ...] = ()
     muster: Endpoint | None = None
+    prefixes: tuple[Prefix, ...] = ()
+
+    def covers(self, destination: Endpoint) -> bool:
+        """Whether connects to it are redirected."""
+        return (
+            destination.port in self.ports
+            or destination in self.endpoints
+            or any(destination in prefix for prefix in self.prefixes)
+        )
 
 
 class LoadRequest(msgspec.Struct, frozen=True):

@@ -591,7 +591,7 @@ class Session:
             )
             return
         judge = policy.bind(self.chain.principals, target, self.database)
-        if judge.mask_signature != self.judge.mask_signature or target != self.target:
+        if judge.mask_signature != self.judge.mask_signature or not target.is_still(self.target):
             self.farewell("the policy changed for this target", "connect again")
             return
         self.judge = judge.with_derived(self._derived)

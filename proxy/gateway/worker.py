@@ -72,7 +72,7 @@ class Worker:
         self.policy: CompiledPolicy
         self.targets: dict[str, Target] = {}
         self._tasks = tasks
-        self._contexts: dict[str, tuple[float, ssl.SSLContext]] = {}
+        self._contexts: dict[tuple[str, str], tuple[float, ssl.SSLContext]] = {}
 
     @property
     def full(self) -> bool:
@@ -96,13 +96,14 @@ class Worker:
     async def serving_context(self, session: str, name: str, dialled: Endpoint) -> ssl.SSLContext:
         """The TLS context that stands, towards the client, for what the session dialled: `name` is the target's name or
         the bare address. Raises `ports.Unavailable`."""
-        not_after, context = self._contexts.get(name, (0.0, None))
+        key = (name, dialled.address)
+        not_after, context = self._contexts.get(key, (0.0, None))
         if context is None or not_after < time.time() + CERTIFICATE_SLACK_S:
             certificate, descriptor = await self.link.certificate(session, dialled)
             context = tls.server_context(descriptor)
             if len(self._contexts) >= MAX_CONTEXTS:
                 self._contexts.clear()
-            self._contexts[name] = (certificate.not_after_s, context)
+            self._contexts[key] = (certificate.not_after_s, context)
         return context
 
     def pushed(self, message: ports.Push, descriptors: list[int]) -> None:

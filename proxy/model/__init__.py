@@ -4,7 +4,7 @@ from proxy.model.lineage import UNATTRIBUTED, Chain, Hop, ProcessImage
 from proxy.model.masks import ColumnMask, Masker
 from proxy.model.operation import Operation, OperationKind, Phase, Relation, StatementFacts
 from proxy.model.ruling import Decision, Reason, Ruling
-from proxy.model.target import Endpoint, Target, TlsMode
+from proxy.model.target import Endpoint, Prefix, Target, TlsMode
 
 __all__ = [
     "UNATTRIBUTED",
@@ -17,6 +17,7 @@ __all__ = [
     "Operation",
     "OperationKind",
     "Phase",
+    "Prefix",
     "ProcessImage",
     "Reason",
     "Relation",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import ipaddress
 
 import msgspec
 
@@ -28,6 +29,21 @@ class Endpoint(msgspec.Struct, frozen=True, order=True):
         return f"[{self.address}]:{self.port}" if ":" in self.address else f"{self.address}:{self.port}"
 
 
+class Prefix(msgspec.Struct, frozen=True, order=True):
+    """All addresses of a network (`10.20.0.0/16`; never v4-mapped) at one TCP port."""
+
+    network: str
+    port: int
+
+    def __contains__(self, endpoint: Endpoint) -> bool:
+        network = ipaddress.ip_network(self.network)
+        address = ipaddress.ip_address(endpoint.address)
+        return endpoint.port == self.port and address.version == network.version and address in network
+
+    def __str__(self) -> str:
+        return f"[{self.network}]:{self.port}" if ":" in self.network else f"{self.network}:{self.port}"
+
+
 class Target(msgspec.Struct, frozen=True):
     """A target as the data path needs it. `server_name` is the name that `verify-full` checks and that the gateway's
     own certificate for this target carries; `ca_pem` holds the trusted roots, empty for the system's store.
@@ -42,3 +58,11 @@ class Target(msgspec.Struct, frozen=True):
     ca_pem: str
     credential: str
     databases: tuple[str, ...] = ()
+    prefixes: tuple[Prefix, ...] = ()
+
+    def is_still(self, other: Target) -> bool:
+        """Whether a session at this target may go on when the policy says `other` of it: all is the same but for the
+        addresses, which a name may change at any time."""
+        return msgspec.structs.replace(self, endpoints=(), prefixes=()) == msgspec.structs.replace(
+            other, endpoints=(), prefixes=()
+        )

@@ -5,6 +5,7 @@ Blind spot: an agent that this version of the policy does not know (a chain attr
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Iterable
 
 from proxy.masking import masker
@@ -30,6 +31,15 @@ class CompiledPolicy:
         self._protocols = dict(resolved.protected_ports)
         self.targets = {target.name: target for target in resolved.targets}
         self._endpoints = {endpoint: target for target in resolved.targets for endpoint in target.endpoints}
+        self._networks = sorted(
+            (
+                (ipaddress.ip_network(prefix.network), prefix.port, target)
+                for target in resolved.targets
+                for prefix in target.prefixes
+            ),
+            key=lambda each: each[0].prefixlen,
+            reverse=True,
+        )
         self._rules = [(rule, _compile(rule)) for rule in resolved.rules]
         self._maskers = {
             method: masker(method, mask_key)
@@ -39,8 +49,15 @@ class CompiledPolicy:
         self._judges: dict[tuple[tuple[str, ...], str], Judge] = {}
 
     def target_at(self, endpoint: Endpoint) -> Target | None:
-        """The target that this address and port belong to."""
-        return self._endpoints.get(endpoint)
+        """The target that this address and port belong to: that with the longest prefix."""
+        exact = self._endpoints.get(endpoint)
+        if exact is not None or not self._networks:
+            return exact
+        address = ipaddress.ip_address(endpoint.address)
+        for network, port, target in self._networks:
+            if port == endpoint.port and network.version == address.version and address in network:
+                return target
+        return None
 
     def protocol_at(self, port: int) -> str | None:
         """The protocol spoken at a protected port, wherever it is."""

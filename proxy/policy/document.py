@@ -4,7 +4,7 @@
 `PolicyFile` and its parts are the grammar of the YAML files: the loader reads by them, and `policies/schema.json` is
 made from them. `Document` is what all files of a directory say together, checked. `ResolvedPolicy` has addresses in
 place of names and carries a version: two policies with the same version rule alike, in whatever order they were
-written.
+written, and whatever their names resolve to at the time.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from proxy.model import Endpoint, Target, TlsMode
+from proxy.model import Endpoint, Prefix, Target, TlsMode
 
 DEFAULT_HOLD_S = 60.0
 """How long a hold waits when the rule does not say: short, since inside a transaction it holds locks."""
@@ -66,7 +66,7 @@ class TargetEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """A database under protection."""
 
     protocol: ProtocolName
-    addresses: Annotated[Words, msgspec.Meta(description="host, host:port or [v6]:port; names are resolved at load")]
+    addresses: Annotated[Words, msgspec.Meta(description="host, network/prefix, either with :port; v6 in brackets")]
     credential: Annotated[str, msgspec.Meta(description="entry of the host's credential source")]
     server_name: Annotated[str, msgspec.Meta(description="what verify-full checks; default: name in addresses")] = ""
     tls: TlsEntry = TlsEntry()
@@ -145,7 +145,7 @@ class Rule(msgspec.Struct, frozen=True):
 
 
 class Host(msgspec.Struct, frozen=True):
-    """An address as written: a numeric one or a name, a port, and where it was written."""
+    """An address as written: a numeric one, a network (`10.20.0.0/16`) or a name, a port, and where it was written."""
 
     host: str
     port: int
@@ -156,8 +156,12 @@ class Host(msgspec.Struct, frozen=True):
         try:
             ipaddress.ip_address(self.host)
         except ValueError:
-            return False
+            return self.network
         return True
+
+    @property
+    def network(self) -> bool:
+        return "/" in self.host
 
 
 class NamedTarget(msgspec.Struct, frozen=True):
@@ -182,13 +186,18 @@ class Document(msgspec.Struct, frozen=True):
     protected_ports: dict[int, str]
     files: tuple[str, ...] = ()
 
+    @property
+    def names(self) -> frozenset[str]:
+        """The host names that have to be resolved."""
+        return frozenset(host.host for target in self.targets for host in target.hosts if not host.numeric)
+
 
 # --- as workers get it ------------------------------------------------------------------------------------------------
 
 
 class ResolvedPolicy(msgspec.Struct, frozen=True):
-    """The policy with numeric addresses. `version` is twelve hex digits of SHA-256 over the rest, in canonical
-    order."""
+    """The policy with numeric addresses. `version` is twelve hex digits of SHA-256 over the rest, in canonical order
+    and with addresses as they were written."""
 
     version: str
     agents: tuple[Agent, ...]
@@ -221,25 +230,34 @@ def _addresses(host: Host, resolver: Resolver) -> Sequence[str]:
     return found
 
 
-def resolve(document: Document, resolver: Resolver) -> ResolvedPolicy:
-    """Puts addresses in place of names. Raises `PolicyError` when a name has none, or when two targets share one."""
+def resolve(document: Document, resolver: Resolver, former: Resolver = lambda _name: ()) -> ResolvedPolicy:
+    """Puts addresses in place of names. Raises `PolicyError` when a name has none, or when two targets share an address
+    or a network; where one target's network holds another's address or network, the narrower counts. A `former` address
+    of a name stays the target's unless another one has it."""
     problems: list[str] = []
-    owners: dict[Endpoint, str] = {}
+    owners: dict[Endpoint | Prefix, str] = {}
     targets: list[Target] = []
     for named in sorted(document.targets, key=lambda target: target.name):
         endpoints: set[Endpoint] = set()
+        prefixes: set[Prefix] = set()
         for host in named.hosts:
+            found: list[Endpoint | Prefix] = []
             try:
-                found = {Endpoint(numeric_address(each), host.port) for each in _addresses(host, resolver)}
+                if host.network:
+                    prefixes.add(Prefix(host.host, host.port))
+                    found.append(Prefix(host.host, host.port))
+                else:
+                    resolved = {Endpoint(numeric_address(each), host.port) for each in _addresses(host, resolver)}
+                    endpoints |= resolved
+                    found += sorted(resolved)
             except PolicyError as error:
                 problems += error.problems
                 continue
             problems += [
-                f"{host.place}: `{endpoint}` of target `{named.name}` is also an address of target `{owners[endpoint]}`"
-                for endpoint in sorted(found)
-                if owners.setdefault(endpoint, named.name) != named.name
+                f"{host.place}: `{each}` of target `{named.name}` is also an address of target `{owners[each]}`"
+                for each in found
+                if owners.setdefault(each, named.name) != named.name
             ]
-            endpoints |= found
         targets.append(
             Target(
                 name=named.name,
@@ -250,10 +268,12 @@ def resolve(document: Document, resolver: Resolver) -> ResolvedPolicy:
                 ca_pem=named.ca_pem,
                 credential=named.credential,
                 databases=named.databases,
+                prefixes=tuple(sorted(prefixes)),
             )
         )
     if problems:
         raise PolicyError(problems)
+    targets = _with_former(document, targets, owners, former)
     unversioned = ResolvedPolicy(
         version="",
         agents=tuple(sorted(document.agents, key=lambda agent: agent.name)),
@@ -261,9 +281,30 @@ def resolve(document: Document, resolver: Resolver) -> ResolvedPolicy:
         rules=tuple(sorted(document.rules, key=lambda rule: rule.name)),
         protected_ports=dict(sorted(document.protected_ports.items())),
     )
-    canonical = msgspec.json.encode(msgspec.to_builtins(unversioned, str_keys=True), order="sorted")
-    digest = hashlib.sha256(canonical).hexdigest()
-    return msgspec.structs.replace(unversioned, version=digest[:12])
+    return msgspec.structs.replace(unversioned, version=_version(document, unversioned))
+
+
+def _with_former(
+    document: Document, targets: list[Target], owners: dict[Endpoint | Prefix, str], former: Resolver
+) -> list[Target]:
+    hosts = {target.name: [host for host in target.hosts if not host.numeric] for target in document.targets}
+    kept: list[Target] = []
+    for target in targets:
+        before = {
+            Endpoint(numeric_address(each), host.port) for host in hosts[target.name] for each in former(host.host)
+        }
+        more = {endpoint for endpoint in before if owners.setdefault(endpoint, target.name) == target.name}
+        kept.append(msgspec.structs.replace(target, endpoints=tuple(sorted(more.union(target.endpoints)))))
+    return kept
+
+
+def _version(document: Document, unversioned: ResolvedPolicy) -> str:
+    written = {target.name: sorted({(host.host, host.port) for host in target.hosts}) for target in document.targets}
+    nowhere = msgspec.structs.replace(
+        unversioned, targets=tuple(msgspec.structs.replace(each, endpoints=()) for each in unversioned.targets)
+    )
+    said = [msgspec.to_builtins(nowhere, str_keys=True), written]
+    return hashlib.sha256(msgspec.json.encode(said, order="sorted")).hexdigest()[:12]
 
 
 def schema() -> dict[str, object]:

@@ -12,6 +12,7 @@ find.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
@@ -129,7 +130,7 @@ class _Merge:
                 self._complain(at("addresses", index), str(error))
         if not words(entry.addresses):
             self._complain(at("addresses"), "a target needs at least one address")
-        named = [host.host for host in hosts if not host.numeric] or [host.host for host in hosts]
+        named = [host.host for host in hosts if not host.numeric] or [host.host for host in hosts if not host.network]
         if not entry.credential:
             self._complain(at("credential"), "`credential` is empty: name an entry of the credential source")
         return NamedTarget(
@@ -270,7 +271,8 @@ def _seconds(text: str) -> float:
 
 
 def _split_address(text: str, default_port: int, place: str) -> Host:
-    """Raises `ValueError` for what is neither `host`, `host:port`, `[v6]:port` nor a bare IPv6 address."""
+    """Raises `ValueError` for what is neither `host`, `host:port`, `[v6]:port` nor a bare IPv6 address; a numeric host
+    may be a network."""
     bracketed = re.fullmatch(r"\[(.*)\](?::(.*))?", text)
     if bracketed:
         host, port = bracketed[1], bracketed[2]
@@ -280,12 +282,38 @@ def _split_address(text: str, default_port: int, place: str) -> Host:
         host, colon, after = text.partition(":")
         port = after if colon else None
     try:
-        host = numeric_address(host)
+        host = _network(host) if "/" in host else numeric_address(host)
+    except _BadNetwork:
+        raise
     except ValueError:
         # What holds a colon or only digits was meant as an address.
         if not _HOST.fullmatch(host) or re.fullmatch(r"[0-9.]+", host):
-            raise ValueError(f"`{text}` is not an address: wants host, host:port or [v6]:port") from None
+            raise ValueError(
+                f"`{text}` is not an address: wants host, host:port or [v6]:port; a numeric host may be a network"
+            ) from None
         host = host.lower()
     if port is not None and not (re.fullmatch(r"[0-9]{1,5}", port) and 0 < int(port) < 65536):
         raise ValueError(f"`{port}` in `{text}` is not a port")
     return Host(host, int(port or default_port), place)
+
+
+class _BadNetwork(ValueError):
+    pass
+
+
+def _network(text: str) -> str:
+    """The canonical spelling of a network; one with a single address is that address. Raises `ValueError`."""
+    address, _, length = text.partition("/")
+    if not re.fullmatch(r"[0-9]{1,3}", length):
+        raise _BadNetwork(f"`{text}` is not a network: wants a prefix length after the `/`, as in 10.20.0.0/16")
+    try:
+        network = ipaddress.ip_network((address, int(length)), strict=False)
+    except ValueError as error:
+        raise _BadNetwork(f"`{text}` is not a network: {error}") from None
+    if isinstance(network, ipaddress.IPv6Network) and network.network_address.ipv4_mapped is not None:
+        raise _BadNetwork(f"`{text}` is a v4-mapped network: write it as an IPv4 network")
+    if ipaddress.ip_address(address) != network.network_address:
+        raise _BadNetwork(f"`{text}` has bits beyond its prefix: write `{network}`, or the address alone")
+    if not network.prefixlen:
+        raise _BadNetwork(f"`{text}` is every address: use `protect` for a port, and targets for what is there")
+    return str(network.network_address) if network.prefixlen == network.max_prefixlen else str(network)
