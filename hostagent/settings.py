@@ -27,13 +27,16 @@ class SettingsError(OperatorError):
 class Settings(msgspec.Struct, frozen=True, kw_only=True):
     """`cgroup` is the hooked cgroup2 directory, None for the mount's root. `worker_cgroup` is where the workers live,
     None for a directory below the daemon's own. `workers` 0 means one per core. `credentials_dir` None means
-    `$CREDENTIALS_DIRECTORY` where the service manager set it, else `/etc/hopgate/credentials`."""
+    `$CREDENTIALS_DIRECTORY` where the service manager set it, else `/etc/hopgate/credentials`.
+
+    `listen_port` is below 1024: the redirect leads there also while nobody listens, and no user may then take it. It is
+    below 512 because others take privileged ports above for clients of theirs (bindresvport(3))."""
 
     cgroup: Path | None = None
     worker_cgroup: Path | None = None
     worker_user: str = "hopgate"
     workers: int = 0
-    listen_port: int = 15432
+    listen_port: int = 301
     policy_dir: Path = Path("/etc/hopgate/policy.d")
     state_dir: Path = Path("/var/lib/hopgate")
     run_dir: Path = Path("/run/hopgate")

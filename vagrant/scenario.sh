@@ -21,7 +21,7 @@ client() {
 
 # What there is of Hopgate on the machine: rules, sets, pins, programs on cgroups, and the tracepoint programs.
 traces() {
-    { iptables-save; ip6tables-save; } | grep -i -E 'hopgate|15432' || true
+    { iptables-save; ip6tables-save; } | grep -i -E 'hopgate' || true
     ipset list -name | grep -i hopgate || true
     find /sys/fs/bpf -mindepth 1 -iname '*hopgate*'
     bpftool cgroup tree | grep sock_ops || true

@@ -419,7 +419,7 @@ def test_root_is_refused_as_worker_user(unstarted: Gateway) -> None:
 
 def test_a_port_in_use_is_refused(unstarted: Gateway) -> None:
     with entered(unstarted.namespace):
-        taken = socket.create_server(("0.0.0.0", 15432))
+        taken = socket.create_server(("0.0.0.0", 301))
     with taken:
         assert refused(unstarted).startswith("cannot listen on port `301`: Address already in use: ")
 

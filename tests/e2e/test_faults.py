@@ -428,7 +428,7 @@ def test_a_client_that_never_reads_costs_bounded_memory(world: World) -> None:
 
 def test_the_listener_itself_cannot_be_dialled(world: World) -> None:
     for host in ("127.0.0.1", beds.RUNNER):
-        done = world.psql("SELECT 1", host=host, port=15432)
+        done = world.psql("SELECT 1", host=host, port=301)
         assert done.returncode == 2
         assert "Connection refused" in done.stderr or "reset" in done.stderr, done.stderr
     assert world.status()["open_sessions"] == 0

@@ -14,7 +14,7 @@ def test_an_empty_file_means_defaults(tmp_path: Path) -> None:
     path.write_text("# nothing\n")
     settings = load(path)
     assert settings == Settings()
-    assert (settings.listen_port, settings.state_dir, settings.cgroup) == (15432, Path("/var/lib/hopgate"), None)
+    assert (settings.listen_port, settings.state_dir, settings.cgroup) == (301, Path("/var/lib/hopgate"), None)
     assert settings.recordings_dir == Path("/var/lib/hopgate/recordings")
     assert settings.control_socket == Path("/run/hopgate/control.sock")
 
