@@ -1,0 +1,1 @@
+"""The bypass suite: every known way past the gateway, tried for real. `scripts/bypass` runs it."""
