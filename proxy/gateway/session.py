@@ -50,6 +50,8 @@ FLUSH_DELAY_S = 0.01
 _CLIENT: Final = Side.CLIENT
 _HOLD: Final = Decision.HOLD
 _DENY: Final = Decision.DENY
+CANCELLED = "cancelled"
+"""Outcome of a hold whose own client cancels it; the others are the host agent's (`ports.HoldDecided`)."""
 HINT_AUDIT = "nothing runs unrecorded: tell the operators of this runner (`hopgate status`)"
 HINT_TARGET = "tell the operators of this runner: the reason is in hopgate's log and in the session's recording"
 
@@ -434,7 +436,7 @@ class Session:
             if self._task is not None:
                 self._task.cancel()
             self._task = None
-            self._decided("", "withdrawn", "the client", "cancelled by the client while it waited for approval")
+            self._decided("", CANCELLED, "the client", "")
             return
         canceller = self.machine.canceller() if self.machine is not None else None
         if canceller is not None and self.target is not None:
@@ -721,18 +723,15 @@ def _unrecordable(ruling: Ruling, why: str) -> Ruling:
 
 def _after_hold(ruling: Ruling, approval: str, outcome: str, by: str, why: str) -> Ruling:
     """The final ruling on an operation that was held."""
+    text = f"{outcome} by {by}" + (f": {why}" if why else "")
     granted = outcome == "approved"
     decision = Decision.ALLOW if granted else Decision.DENY
-    text = f"{outcome} by {by}" + (f": {why}" if why else "")
+    rule = f"[approval {approval}]" if approval else "[approval]"
     return Ruling(
         decision=decision,
-        reasons=(
-            *ruling.reasons,
-            Reason("hopgate", f"[approval {approval}]" if approval else "[approval]", decision, text),
-        ),
-        message=""
-        if granted
-        else f"{ruling.message}: approval {outcome}{f' by {by}' if by else ''}{f': {why}' if why else ''}",
+        reasons=(*ruling.reasons, Reason("hopgate", rule, decision, text)),
+        message="" if granted else f"{ruling.message}: approval {text}",
         hint="" if granted else "ask again, and have somebody on the runner approve it in time",
         policy_version=ruling.policy_version,
+        cancelled=outcome == CANCELLED,
     )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import codecs
 import contextlib
 import ctypes
 import os
@@ -193,11 +194,11 @@ def _confine(parent: int, uid: int, gid: int) -> None:
     libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
     if os.getppid() != parent:
         sys.exit("the host agent is gone already")
-    with open("/proc/self/status", encoding="ascii") as status:
+    with open("/proc/self/status", "rb") as status:
         held = {
             name: int(value, 16)
-            for name, _, value in (line.partition(":") for line in status)
-            if name in ("CapPrm", "CapEff", "CapAmb", "CapInh")
+            for name, _, value in (line.partition(b":") for line in status)
+            if name in (b"CapPrm", b"CapEff", b"CapAmb", b"CapInh")
         }
     if os.getuid() == 0 or os.geteuid() == 0 or any(held.values()):
         sys.exit("a worker must not be root and must hold no capability: start it through `hopgate run`")
@@ -220,6 +221,8 @@ def main() -> None:
     options = parser.parse_args()
     # all code is loaded while we may still read it, wherever it is installed
     registry.names()
+    for codec in ("ascii", "latin-1", "idna"):
+        codecs.lookup(codec)
     _confine(options.parent, options.uid, options.gid)
     journal.configure(options.log_level, worker=os.getpid())
     uvloop.run(_serve(options))

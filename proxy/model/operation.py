@@ -79,7 +79,8 @@ class Operation:
 
     `text` is what a person would call it (the SQL); `recorded_text` is what may be written down, with secrets taken
     out. `statements` is empty for an empty string. `unclassified` says why the operation could not be classified, and
-    is empty when it could: what could not be classified is denied. `example` is another operation that differs in its
+    is empty when it could: what could not be classified is denied; `ungrammatical` says that the
+    language's own grammar refused it, which the target would do too. `example` is another operation that differs in its
     texts only, by constants of which no fact depends: what is ruled on one is ruled on both.
     """
 
@@ -90,4 +91,5 @@ class Operation:
     recorded_text: str
     statements: tuple[StatementFacts, ...]
     unclassified: str = ""
+    ungrammatical: bool = False
     example: Operation | None = None

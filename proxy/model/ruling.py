@@ -31,7 +31,8 @@ class Reason:
 class Ruling:
     """The met decision, one reason a hop (root first), and what the person who was denied may do next.
 
-    `message` and `hint` are ready for the client; `hold_timeout_s` counts when the decision is `hold`.
+    `message` and `hint` are ready for the client; `hold_timeout_s` counts when the decision is `hold`. `cancelled` says
+    that it was the client itself who no longer wanted it, while it was held.
     """
 
     decision: Decision
@@ -40,3 +41,4 @@ class Ruling:
     hint: str
     policy_version: str
     hold_timeout_s: float = 0.0
+    cancelled: bool = False

@@ -183,10 +183,10 @@ def test_a_statement_too_long_to_classify_is_denied_and_the_session_goes_on(shop
     assert "cannot be classified" in done.stderr
 
 
-def test_what_is_no_sql_is_denied_as_unclassifiable(shop: Shop) -> None:
+def test_what_is_no_sql_is_denied_with_the_code_of_a_syntax_error(shop: Shop) -> None:
     done = shop.psql("full", "\\set VERBOSITY verbose\nSELEKT 1;\nSELECT 'alive';\n")
     assert done.stdout == "alive\n"
-    assert "42501" in done.stderr
+    assert "42601" in done.stderr
     assert "syntax error" in done.stderr
 
 

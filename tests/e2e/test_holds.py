@@ -91,10 +91,11 @@ def test_a_hold_in_a_transaction_and_in_the_extended_protocol(shop: Shop, how: t
 def test_a_cancel_withdraws(shop: Shop) -> None:
     done = shop.tell("held", "psycopg_client.py", "cancel_held", UPDATE)
     assert "cancelled by the client" in str(done)
+    assert "57014" in str(done)
     assert "'alive'" in str(done)
     assert shop.pending() == ()
     assert "held-updates" not in shop.gateway.cli("approvals").stdout
-    assert outcomes(shop) == ["withdrawn"]
+    assert outcomes(shop) == ["cancelled"]
     assert status(shop) == "paid"
 
 

@@ -54,6 +54,10 @@ class Unclassified(Exception):
     """The string cannot be classified; the message says why, for people."""
 
 
+class Ungrammatical(Unclassified):
+    """PostgreSQL's grammar does not take it."""
+
+
 class Role(enum.Enum):
     """What becomes of the columns that a query puts out."""
 
@@ -82,7 +86,7 @@ def classify(text: str) -> tuple[StatementFacts, ...]:
     except ParseError as error:
         # The rest quotes the text, which may be a secret.
         said = str(error.args[0]).partition(" at or near")[0]
-        raise Unclassified(f"PostgreSQL's grammar does not take it: {said}") from None
+        raise Ungrammatical(f"PostgreSQL's grammar does not take it: {said}") from None
     except RecursionError:
         raise Unclassified("the statement is nested too deeply") from None
     except (UnicodeError, ValueError, msgspec.MsgspecError) as error:

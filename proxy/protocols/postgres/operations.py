@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from pglast.parser import parse_sql_json
 
 from proxy.model import Operation, OperationKind, Phase
-from proxy.protocols.postgres.classify import Unclassified, classify
+from proxy.protocols.postgres.classify import Unclassified, Ungrammatical, classify
 from proxy.protocols.postgres.messages import MAX_NAME
 from proxy.protocols.postgres.redaction import recordable
 from proxy.protocols.postgres.startup import encoding_codec
@@ -129,7 +129,7 @@ def _like(described: Described, text: bytes) -> Described:
     spelled = text.decode("ascii")
     return Described(
         Operation(
-            PROTOCOL, example.kind, example.phase, spelled, spelled, example.statements, "", example.example or example
+            PROTOCOL, example.kind, example.phase, spelled, spelled, example.statements, example=example.example or example
         )
     )
 
@@ -143,7 +143,9 @@ def describe(kind: OperationKind, text: bytes, codec: str) -> Described:
     try:
         statements = classify(decoded)
     except Unclassified as reason:
-        return unclassified(kind, decoded, str(reason))
+        described = unclassified(kind, decoded, str(reason))
+        ungrammatical = isinstance(reason, Ungrammatical)
+        return described._replace(operation=replace(described.operation, ungrammatical=ungrammatical))
     operation = Operation(PROTOCOL, kind, _PHASES[kind], decoded, recordable(decoded), statements)
     parts = [part for facts in statements for part in facts.parts]
     kinds = {part.kind for part in parts}

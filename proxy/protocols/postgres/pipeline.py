@@ -68,12 +68,12 @@ class Portal(msgspec.Struct):
 
 
 class Expected(msgspec.Struct):
-    """The reply that one message will have. `ask` is the operation's id, or 0; `denial` is our message and hint
+    """The reply that one message will have. `ask` is the operation's id, or 0; `denial` is our code, message and hint
     while the server's error for them has not come; `hidden` replies are not the client's."""
 
     kind: int
     ask: int = 0
-    denial: tuple[str, str] | None = None
+    denial: tuple[str, str, str] | None = None
     hidden: bool = False
     name: bytes = b""
     statement: Statement | None = None

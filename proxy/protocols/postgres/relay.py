@@ -211,9 +211,9 @@ class Relay:
             self._pipeline.expect(entry)
         else:
             out.append(Send(Side.SERVER, self._failing(entry)))
-            if entry.denial is None:
-                message = ruling.message or f"denied: `{ask.operation.unclassified or 'by the gateway'}`"
-                entry.denial = (message, ruling.hint)
+            message = ruling.message or f"denied: `{ask.operation.unclassified or 'by the gateway'}`"
+            hint = BINARY_HINT if entry.kind == BIND else ruling.hint
+            entry.denial = (_denial_code(ask, ruling), message, hint)
             # what fails has no effect on names
             entry.statement = entry.portal = None
             self._pipeline.expect(entry)
@@ -390,7 +390,7 @@ class Relay:
                 column = _binary_mask(statement.plan, formats)
                 if column:
                     reason = f"masked column `{column}` is asked for in binary format"
-                    entry = Expected(BIND, name=name, denial=(reason, BINARY_HINT))
+                    entry = Expected(BIND, name=name)
                     return self._pose(out, operations.refuse(statement.execution, reason), entry, stop)
         if len(pipeline.portals) >= messages.MAX_PREPARED:
             raise _Fatal("54000", "too many portals in one transaction", "close those that are no longer used")
@@ -670,10 +670,10 @@ class Relay:
         pipeline.copying = False
         text = f"{fields.get('C', b'').decode('ascii', 'replace')} {fields.get('M', b'').decode('utf-8', 'replace')}"
         if head.denial is not None:
-            message, hint = head.denial
+            code, message, hint = head.denial
             head.denial = None
-            text = f"42501 {message}"
-            replacement = messages.error("42501", message, hint)
+            text = f"{code} {message}"
+            replacement = messages.error(code, message, hint)
         if head.kind <= SYNC:
             head.error = text
             return replacement
@@ -771,6 +771,13 @@ class Relay:
         self._reply_kept = bytearray()
         out.append(Close(reason))
         return out
+
+
+def _denial_code(ask: AskRuling, ruling: Ruling) -> str:
+    """SQLSTATE: query_canceled, syntax_error or insufficient_privilege (PostgreSQL manual, appendix A)."""
+    if ruling.cancelled:
+        return "57014"
+    return "42601" if ask.operation.ungrammatical else "42501"
 
 
 def _binary_mask(plan: Plan, formats: tuple[int, ...]) -> str:
