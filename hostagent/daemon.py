@@ -13,11 +13,14 @@ takes them off.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 import structlog
@@ -46,6 +49,7 @@ from proxy.gateway.listener import BACKLOG, endpoint
 from proxy.model import Chain, Endpoint, ProcessImage
 
 log = structlog.get_logger()
+T = TypeVar("T")
 
 SWEEP_INTERVAL_S = 5.0
 NAMES_INTERVAL_S = 1.0
@@ -73,7 +77,7 @@ class Daemon:
         account(settings.worker_user)
         for directory in (settings.state_dir, settings.run_dir):
             _make(directory)
-        key = mask_key(settings.state_dir)
+        key = await self._prepared(mask_key, settings.state_dir)
         self._alerts = Alerts(settings.state_dir / "alerts")
         self._names = Names(alert=self._alerts.alert)
         self.policy = ActivePolicy(settings.policy_dir, key, self._names)
@@ -84,8 +88,8 @@ class Daemon:
             # closed: with no policy everything is denied, which is what the rules below make true
             log.error("starting with no policy: everything is denied", problems=str(error).splitlines())
         self._mask_key = key
-        authority = open_authority(settings.state_dir)
-        self._store = Store.create(settings.store_path)
+        authority = await self._prepared(open_authority, settings.state_dir)
+        self._store = await self._prepared(Store.create, settings.store_path)
         self._sessions = Sessions(self._store, settings.recordings_dir, host=socket.gethostname())
         for row in self._sessions.recover():
             log.warning("session was interrupted", session=row.id, operations=row.operations)
@@ -96,14 +100,7 @@ class Daemon:
         control = ControlServer(settings.control_socket, self)
         control.claim()
         muster = socket.create_server(("127.0.0.1", 0))
-        worker_cgroup = _worker_cgroup(settings)
-        self._kernel_settings = kernel.Settings(
-            cgroup=settings.cgroup or kernel.cgroup_mount(),
-            pin_dir=settings.pin_dir,
-            listen_port=settings.listen_port,
-            worker_cgroup=worker_cgroup,
-            run_dir=settings.run_dir,
-        )
+        self._kernel_settings = _kernel_settings(settings)
         self._muster = endpoint(*muster.getsockname()[:2])
         self.pins = await asyncio.to_thread(kernel.start, self._kernel_settings, self._scope())
         self._attribution = Attribution(self.pins, AgentMatcher(self.policy.resolved.agents))
@@ -125,7 +122,7 @@ class Daemon:
                 settings,
                 listener=listener,
                 muster=muster,
-                cgroup=worker_cgroup,
+                cgroup=self._kernel_settings.worker_cgroup,
                 on_message=self._from_worker,
                 on_gone=self._worker_gone,
             )
@@ -196,10 +193,11 @@ class Daemon:
         """Takes the policy on disk; returns its version. Raises `PolicyUnusable`: then the old one stays."""
         self.watch.policy_taken()
         self.policy.reload()
-        self._guard.apply(self._scope())
+        # whoever rules has the new policy even when the rules of netfilter cannot be brought in line with it
         self._attribution.agents = AgentMatcher(self.policy.resolved.agents)
         self._send_policy(list(self.workers.running.values()))
         self._notify_status()
+        self._guard.apply(self._scope())
         return self.policy.compiled.version
 
     def _name_chain(self, lineage: tuple[ProcessImage, ...]) -> str:
@@ -262,14 +260,21 @@ class Daemon:
     # --- what goes on beside ------------------------------------------------------------------------------------------
 
     def _scope(self) -> kernel.Scope:
-        """What is redirected: the targets' addresses, and the protected ports of any address; beside it the muster."""
-        policy = self.policy.resolved
-        return kernel.Scope(
-            ports=tuple(sorted(policy.protected_ports)),
-            endpoints=tuple(sorted(at for target in policy.targets for at in target.endpoints)),
-            prefixes=tuple(sorted(at for target in policy.targets for at in target.prefixes)),
-            muster=self._muster,
-        )
+        return _scope_of(self.policy, self._muster)
+
+    async def _prepared(self, make: Callable[[Path], T], path: Path) -> T:
+        """Something that the host agent keeps on disk. Without it nothing could be served or recorded, so the gate is
+        closed before this start is given up. Raises `OperatorError`."""
+        try:
+            return make(path)
+        except OperatorError as error:
+            log.error("cannot serve: connections to what is protected are refused", why=str(error))
+            policy = ActivePolicy(self.settings.policy_dir, bytes(32))
+            with contextlib.suppress(PolicyUnusable):
+                policy.reload()
+            pins = await asyncio.to_thread(kernel.start, _kernel_settings(self.settings), _scope_of(policy, None))
+            pins.close()
+            raise
 
     async def _sweep(self) -> None:
         lost = False
@@ -336,6 +341,27 @@ def _worker_cgroup(settings: Settings) -> Path:
     directory = settings.worker_cgroup or kernel.own_cgroup() / "workers"
     _make(directory)
     return directory
+
+
+def _kernel_settings(settings: Settings) -> kernel.Settings:
+    return kernel.Settings(
+        cgroup=settings.cgroup or kernel.cgroup_mount(),
+        pin_dir=settings.pin_dir,
+        listen_port=settings.listen_port,
+        worker_cgroup=_worker_cgroup(settings),
+        run_dir=settings.run_dir,
+    )
+
+
+def _scope_of(policy: ActivePolicy, muster: Endpoint | None) -> kernel.Scope:
+    """What is redirected: the targets' addresses, and the protected ports of any address; beside it the muster."""
+    resolved = policy.resolved
+    return kernel.Scope(
+        ports=tuple(sorted(resolved.protected_ports)),
+        endpoints=tuple(sorted(at for target in resolved.targets for at in target.endpoints)),
+        prefixes=tuple(sorted(at for target in resolved.targets for at in target.prefixes)),
+        muster=muster,
+    )
 
 
 def _make(directory: Path) -> None:

@@ -124,16 +124,21 @@ class Workers:
         failures = 0
         while not self._stopping.is_set():
             started = loop.time()
-            worker = self._start()
-            await worker.gone.wait()
-            self.running.pop(worker.pid, None)
-            self._on_gone(worker)
+            try:
+                worker = self._start()
+            except OSError as error:
+                pid, why = 0, f"cannot be started: {error.strerror or error}"
+            else:
+                await worker.gone.wait()
+                self.running.pop(worker.pid, None)
+                self._on_gone(worker)
+                pid, why = worker.pid, worker.why
             if self._stopping.is_set():
                 return
             self.deaths += 1
             failures = 0 if loop.time() - started > STEADY_S else failures + 1
             delay = RESTART_DELAYS_S[min(failures, len(RESTART_DELAYS_S) - 1)]
-            log.error("worker died", worker=worker.pid, why=worker.why, restart_in_s=delay)
+            log.error("worker died", worker=pid, why=why, restart_in_s=delay)
             await asyncio.sleep(delay)
 
     def _start(self) -> WorkerProcess:
@@ -159,9 +164,19 @@ class Workers:
                 env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
                 cwd="/",
             )
+        except OSError:
+            ours.close()
+            raise
         finally:
             theirs.close()
-        (self._cgroup / "cgroup.procs").write_text(str(process.pid))
+        try:
+            (self._cgroup / "cgroup.procs").write_text(str(process.pid))
+            pidfd = os.pidfd_open(process.pid)
+        except OSError:
+            ours.close()
+            process.kill()
+            process.wait()
+            raise
         worker = WorkerProcess(process)
         worker.channel = Channel(
             ours,
@@ -170,7 +185,6 @@ class Workers:
             lambda why: self._lost(worker, why),
         )
         self.running[process.pid] = worker
-        pidfd = os.pidfd_open(process.pid)
         asyncio.get_running_loop().add_reader(pidfd, self._exited, worker, pidfd)
         return worker
 
