@@ -55,6 +55,7 @@ SWEEP_INTERVAL_S = 5.0
 NAMES_INTERVAL_S = 1.0
 INITIAL_PID_NAMESPACE = 0xEFFFFFFC
 """Inode of the first pid namespace (include/linux/proc_ns.h, PROC_PID_INIT_INO)."""
+ESCAPED_TOLD_MAX = 8
 RECORD_AGE_S = 30.0
 """How long a connection may wait to be accepted before its record of who it is counts as stale."""
 
@@ -69,6 +70,7 @@ class Daemon:
         self.started_s = time.time()
         self._stopping = asyncio.Event()
         self._serving = asyncio.Event()
+        self._since_ns = time.monotonic_ns()
         self._muster: Endpoint
 
     async def serve(self) -> None:
@@ -280,7 +282,9 @@ class Daemon:
         lost = False
         while True:
             await asyncio.sleep(SWEEP_INTERVAL_S)
-            self.pins.sweep(RECORD_AGE_S)
+            unclaimed = self.pins.sweep(RECORD_AGE_S)
+            # what was under way when another daemon was killed is not told from what went past it
+            self._tell_escaped([one for one in unclaimed if one.established and one.time_ns > self._since_ns])
             if self.pins.overflowed() and not lost:
                 lost = True
                 self._alerts.alert(f"processes or connections lost their label and are denied: {self.pins.counters()}")
@@ -301,6 +305,19 @@ class Daemon:
                 moved = False
             except kernel.KernelError as error:
                 self._alerts.alert(f"new addresses of a name are not protected yet: {error}", done="it is tried again")
+
+    def _tell_escaped(self, escaped: list[kernel.Unclaimed]) -> None:
+        """Connections to what is protected that were answered, and by nobody of ours."""
+        for one in escaped[:ESCAPED_TOLD_MAX]:
+            where = "" if one.local else " in another network namespace"
+            lineage = self.pins.lineage(one.node)
+            by = f"process {one.tgid}, lineage not known"
+            if lineage is not None:
+                names = " > ".join(image.comm for image in lineage[-ESCAPED_TOLD_MAX:])
+                by = f"process {one.tgid}, uid {lineage[-1].uid}, {self._name_chain(lineage)}: {names}"
+            self._alerts.alert(f"a connection to {one.dest}{where} went past the proxy", by=by)
+        if len(escaped) > ESCAPED_TOLD_MAX:
+            self._alerts.alert("more connections went past the proxy than are told one by one")
 
     async def _tell_when_ready(self) -> None:
         await self._serving.wait()

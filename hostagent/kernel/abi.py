@@ -157,6 +157,13 @@ def connect_key(source: Endpoint, dest: Endpoint, *, local: bool) -> bytes:
     return struct.pack("=16s16sHHHH", packed, dest_packed, source.port, dest.port, family, local)
 
 
+def dest_of(key: bytes) -> Endpoint:
+    """The destination in a key of `connects`."""
+    read = ConnectKey.from_buffer_copy(key)
+    packed = bytes(read.dest)[: 4 if read.family == 4 else 16]
+    return Endpoint(str(ipaddress.ip_address(packed)), read.dest_port)
+
+
 def scope_key(member: Endpoint | Prefix | int) -> bytes:
     """An endpoint, a prefix, or a port that is protected at any address."""
     match member:

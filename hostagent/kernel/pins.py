@@ -42,6 +42,18 @@ class ConnectRecord(msgspec.Struct, frozen=True):
     time_ns: int
 
 
+class Unclaimed(msgspec.Struct, frozen=True):
+    """A record that nobody took. When it was `established`, somebody answered who was not the listener: the connection
+    went past the proxy. `local` is whether it was in the listener's network namespace."""
+
+    node: int
+    tgid: int
+    time_ns: int
+    dest: Endpoint
+    local: bool
+    established: bool
+
+
 class Refused(msgspec.Struct, frozen=True):
     """Nobody can be named as the one who asks; `reason` says why, for the record."""
 
@@ -148,15 +160,21 @@ class Pins:
             return Refused("the connecting process has no lineage: it is older than the hooks, or a table overflowed")
         return ConnectRecord(record.node, record.tgid, record.netns, record.socket, record.time_ns)
 
-    def sweep(self, age_s: float = STALE_S) -> int:
-        """Removes records that nobody took within `age_s`; returns how many. To be called every few seconds."""
+    def sweep(self, age_s: float = STALE_S) -> list[Unclaimed]:
+        """Removes the records that nobody took within `age_s`, and returns them. To be called every few seconds."""
         oldest_ns = time.monotonic_ns() - int(age_s * 1e9)
-        swept = 0
+        swept: list[Unclaimed] = []
         # a list: deleting while walking would start the walk again
         for key in list(self._connects.keys()):
             value = self._connects.get(key)
-            if value is not None and abi.ConnectRecord.from_buffer_copy(value).time_ns < oldest_ns:
-                swept += self._connects.delete(key)
+            if value is None:
+                continue
+            record = abi.ConnectRecord.from_buffer_copy(value)
+            if record.time_ns < oldest_ns and self._connects.delete(key):
+                established = bool(record.flags & abi.CONNECT_ESTABLISHED)
+                local = bool(abi.ConnectKey.from_buffer_copy(key).local)
+                dest = abi.dest_of(key)
+                swept.append(Unclaimed(record.node, record.tgid, record.time_ns, dest, local, established))
         return swept
 
     # --- lineage ------------------------------------------------------------------------------------------------------
