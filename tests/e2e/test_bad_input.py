@@ -397,6 +397,22 @@ def refused(made: Gateway) -> str:
     return [line for line in log.splitlines() if not line.startswith("{")][-1]
 
 
+def test_a_start_that_fails_on_what_it_keeps_leaves_the_gate_closed(world: Bed, tmp_path: Path) -> None:
+    with (
+        cgroup("badstart") as hooked,
+        gateway(tmp_path / "gateway", namespace=world.database, cgroup=hooked, settings={"workers": 1}) as made,
+    ):
+        (made.state_dir / "ca").mkdir(parents=True)
+        (made.state_dir / "ca" / "ca.pem").write_text("no certificate")
+        with pytest.raises(GatewayError):
+            made.start()
+        said = made.log().splitlines()[-1]
+        assert "certificate authority" in said
+        done = made.run(["psql", "-X", "-w", "-c", "SELECT 1", f"host={DATABASE} dbname=shop user=shop_app"])
+        assert done.returncode == 2
+        assert "Connection refused" in done.stderr
+
+
 def test_settings_with_an_unknown_key_are_refused_with_file_and_line(unstarted: Gateway) -> None:
     lines = unstarted.config.read_text().splitlines()
     lines.insert(3, "wrokers: 2")
