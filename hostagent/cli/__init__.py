@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from hostagent.cli import approvals, audit, cleanup, policy, reload, replay, run, sessions, status
+from hostagent.cli import approvals, audit, cleanup, doctor, policy, reload, replay, run, sessions, status
 from hostagent.errors import OperatorError
 
 app = typer.Typer(
@@ -25,6 +25,7 @@ app.command("run")(run.run)
 app.command("cleanup")(cleanup.cleanup)
 app.command("reload")(reload.reload)
 app.command("status")(status.status)
+app.command("doctor")(doctor.doctor)
 app.command("sessions")(sessions.sessions)
 app.command("replay")(replay.replay)
 app.command("approvals")(approvals.approvals)

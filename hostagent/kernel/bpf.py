@@ -16,16 +16,21 @@ from pathlib import Path
 
 _SYSCALL = {"x86_64": 321, "aarch64": 280, "riscv64": 280, "loongarch64": 280, "ppc64le": 361, "s390x": 351}
 
+_MAP_CREATE = 0
 _MAP_LOOKUP_ELEM = 1
 _MAP_UPDATE_ELEM = 2
 _MAP_DELETE_ELEM = 3
 _MAP_GET_NEXT_KEY = 4
+_PROG_LOAD = 5
 _OBJ_PIN = 6
 _OBJ_GET = 7
 _OBJ_GET_INFO_BY_FD = 15
 _RAW_TRACEPOINT_OPEN = 17
 _LINK_CREATE = 28
 _ITER_CREATE = 33
+
+SOCK_OPS = 13
+RAW_TRACEPOINT = 17
 
 CGROUP_SOCK_OPS = 3
 TRACE_ITER = 28
@@ -181,6 +186,26 @@ def attached_cgroup(link: int) -> int:
     _bpf(_OBJ_GET_INFO_BY_FD, "=IIQ", link, len(info), ctypes.addressof(info), what="link information")
     cgroup_id: int = struct.unpack_from("=Q", info, 16)[0]
     return cgroup_id
+
+
+def map_create(kind: int, key_bytes: int, value_bytes: int, entries: int, flags: int = 0) -> int:
+    """The descriptor of a new map (enum bpf_map_type)."""
+    return _bpf(_MAP_CREATE, "=IIIII", kind, key_bytes, value_bytes, entries, flags, what="create map")
+
+
+def program_load(kind: int, instructions: bytes) -> int:
+    """The descriptor of a new program (enum bpf_prog_type), under the GPL."""
+    code = ctypes.create_string_buffer(instructions, len(instructions))
+    licence = ctypes.create_string_buffer(b"GPL")
+    return _bpf(
+        _PROG_LOAD,
+        "=IIQQ",
+        kind,
+        len(instructions) // 8,
+        ctypes.addressof(code),
+        ctypes.addressof(licence),
+        what="load program",
+    )
 
 
 def object_get(path: Path) -> int:

@@ -116,6 +116,25 @@ def _compared(wanted: list[str], found: list[str]) -> list[str]:
     return changed or [f"the order of {', '.join(found)}"]
 
 
+def faults() -> list[str]:
+    """What is wrong with the rules and sets that are there, without knowing what they should hold. Raises
+    `KernelError`."""
+    found: list[str] = []
+    for table, jumps in _CHAINS.items():
+        for family in _FAMILIES:
+            saved = _saved(family, table)
+            where = f"IPv{family} {table}"
+            for hook, chain in jumps.items():
+                places = _jumps(saved, hook, chain)
+                if places != [0]:
+                    at = f"at {places}, not once and first" if places else "missing"
+                    found.append(f"{where}: the jump from {hook} to {chain} is {at}")
+                if not any(line.startswith(f"-A {chain} ") for line in saved):
+                    found.append(f"{where}: chain {chain} is empty or gone")
+    existing = set(_run(["ipset", "list", "-name"]).split())
+    return found + [f"set {name} is gone" for name in (_PORTS_SET, *_ENDPOINTS_SET.values()) if name not in existing]
+
+
 def notified() -> bool:
     """Whether the kernel tells about changes of the rules (`RulesetEvents`): not with the legacy tables. Raises
     `KernelError`."""
