@@ -37,3 +37,33 @@ def check(
         raise typer.Exit(1) from error
     counts = f"{len(document.agents)} agents, {len(document.targets)} targets, {len(document.rules)} rules"
     print(f"{checked}: {counts}: no problem found")
+
+
+@app.command("test")
+def test(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of policy tests.", exists=True)],
+) -> None:
+    """Run the tests of a policy, in the policy's own CI; exit 1 and one line a difference when one fails."""
+    from proxy.model import Operation, OperationKind
+    from proxy.policy.document import PolicyError
+    from proxy.policy.testing import run
+    from proxy.protocols.postgres.operations import describe
+
+    def operation(sql: str) -> Operation:
+        return describe(OperationKind.QUERY, sql.encode(), "utf-8").operation
+
+    try:
+        outcomes = [outcome for file in files for outcome in run(file, operation)]
+    except PolicyError as error:
+        print(error, file=sys.stderr)
+        raise typer.Exit(1) from error
+    failed = [outcome for outcome in outcomes if not outcome.passed]
+    for outcome in failed:
+        name = f" ({outcome.name})" if outcome.name else ""
+        print(
+            f"{outcome.place}: `{outcome.sql}`{name}: expected {outcome.expected}, seen {outcome.seen}: {outcome.why}",
+            file=sys.stderr,
+        )
+    print(f"{len(outcomes)} statements, {len(failed)} ruled otherwise than expected")
+    if failed:
+        raise typer.Exit(1)

@@ -270,6 +270,21 @@ def test_policy_check_tells_every_problem(host: Host, tmp_path: Path) -> None:
     assert re.search(rf"^{directory}/c\.yaml:\d: ", done.stderr, re.MULTILINE)
 
 
+def test_policy_test_tells_what_is_ruled_otherwise(host: Host, tmp_path: Path) -> None:
+    example = ROOT / "policies" / "examples" / "nested-agents"
+    done = host.hopgate("policy", "test", str(example / "tests.yaml"))
+    assert (done.returncode, done.stderr) == (0, "")
+    wrong = tmp_path / "tests.yaml"
+    wrong.write_text(
+        f"policy: {example / 'policy.yaml'}\n"
+        "tests: [{chain: agent-b, target: shop, sql: DROP TABLE orders, expect: allow}]\n"
+    )
+    done = host.hopgate("policy", "test", str(wrong))
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{wrong}:2: `DROP TABLE orders`: expected allow, seen deny: ")
+    assert done.stdout == "1 statements, 1 ruled otherwise than expected\n"
+
+
 def test_a_reader_that_leaves_early_is_no_error_of_ours(host: Host) -> None:
     command = f"{sys.executable} -m hostagent.cli sessions --json --config {host.config} | head -c 1"
     environ = {**os.environ, "PYTHONPATH": str(ROOT)}
