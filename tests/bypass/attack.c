@@ -72,7 +72,9 @@ static void aim(const char *where, const char *at)
 		four->sin_family = AF_INET;
 		four->sin_port = htons(atoi(at));
 		dest_size = sizeof(*four);
-	} else if (inet_pton(AF_INET6, where, &six->sin6_addr) == 1) {
+	} else if (inet_pton(AF_INET6, strtok(strdup(where), "%"), &six->sin6_addr) == 1) {
+		/* `%device` is the scope of a link-local address */
+		six->sin6_scope_id = strchr(where, '%') ? if_nametoindex(strchr(where, '%') + 1) : 0;
 		six->sin6_family = AF_INET6;
 		six->sin6_port = htons(atoi(at));
 		dest_size = sizeof(*six);

@@ -426,23 +426,9 @@ def opened_bed() -> Iterator[Bed]:
         )
         running.write_credential("shop", ROLE, password)
         # as security groups and stateful firewalls do: what belongs to no connection is dropped, and not reset
-        drop = [
-            "-A",
-            "INPUT",
-            "-i",
-            "wire",
-            "-p",
-            "tcp",
-            "!",
-            "--syn",
-            "-m",
-            "conntrack",
-            "--ctstate",
-            "NEW",
-            "-j",
-            "DROP",
-        ]
-        subprocess.run(["nsenter", f"--net=/run/netns/{database}", "iptables", *drop], check=True)
+        for iptables in ("iptables", "ip6tables"):
+            drop = ["-A", "INPUT", "-i", "wire", "-p", "tcp", "!", "--syn", "-m", "conntrack", "--ctstate", "NEW"]
+            subprocess.run(["nsenter", f"--net=/run/netns/{database}", iptables, *drop, "-j", "DROP"], check=True)
         made = Bed(server, running, directory, runner, database)
         stack.callback(made.close)
         for state in ("made", "connected"):

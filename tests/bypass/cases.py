@@ -206,14 +206,23 @@ way(
 )
 
 
-@case(
-    "a connection that outlives its conntrack entry",
-    "user",
-    DENIED,
-    "the filter table refuses what nat did not redirect",
-)
+for family, address, source_port in (("IPv4", DATABASE[0], 42_001), ("IPv6", DATABASE[1], 42_003)):
+    way(
+        f"a connection that outlives its conntrack entry, {family}",
+        "user",
+        DENIED,
+        "outlive",
+        source_port,
+        3,
+        address=address,
+        because="the filter table refuses what nat did not redirect",
+    )
+
+
+@case("IPv6 link-local", "user", CLOSED, "redirected, and the loopback does not answer there")
 def _(bed: Bed) -> Seen:
-    return attack(bed, "user", "outlive", 42_001, 3)
+    found = ip("-n", bed.database, "-6", "-brief", "address", "show", "dev", "wire", "scope", "link").split()
+    return attack(bed, "user", "plain", address=f"{found[2].partition('/')[0]}%wire")
 
 
 @case("source port of an agent that may, reused", "user", DENIED)
