@@ -8,11 +8,12 @@
 #ifndef HOPGATE_ABI_H
 #define HOPGATE_ABI_H
 
-#define HOPGATE_ABI 2
+#define HOPGATE_ABI 3
 
 #define COMM_BYTES 16
 #define PATH_BYTES 128
 #define ARGV_BYTES 256
+#define AGENT_BYTES 64
 
 /* A chain longer than this is cut off: the process that goes on becomes unlabelled, and the unlabelled are denied. */
 #define DEPTH_MAX 1024
@@ -46,6 +47,13 @@ struct hopgate_node {
 	char comm[COMM_BYTES];
 	char path[PATH_BYTES];	/* as passed to execve: for people, it grants nothing */
 	char argv[ARGV_BYTES];
+};
+
+/*
+ * The agent that a process image was declared to be, by node id. Written once, by the host agent; it goes with the node.
+ */
+struct hopgate_declaration {
+	char agent[AGENT_BYTES];	/* ends with a NUL */
 };
 
 #define FAMILY_4 4

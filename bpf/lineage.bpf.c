@@ -32,6 +32,7 @@ BPF_TABLE_PINNED("array", u32, u64, counters, COUNTERS, PINS "/counters");
 BPF_TABLE_PINNED("array", u32, struct hopgate_node, blank, 1, PINS "/blank");
 BPF_TABLE_PINNED("hash", u32, u64, procs, PROCS_MAX, PINS "/procs");
 BPF_TABLE_PINNED("hash", u64, struct hopgate_node, nodes, NODES_MAX, PINS "/nodes");
+BPF_TABLE_PINNED("hash", u64, struct hopgate_declaration, declared, DECLARED_MAX, PINS "/declared");
 BPF_QUEUESTACK_PINNED("queue", graveyard, u64, GRAVEYARD_MAX, 0, PINS "/graveyard");
 
 /* Levels that one event releases; what is left of a longer chain goes through the graveyard. */
@@ -85,6 +86,7 @@ static inline void release(u64 id)
 			return;
 		if (nodes.delete(&id))
 			return;
+		declared.delete(&id);
 		id = parent;
 		if (!id)
 			return;

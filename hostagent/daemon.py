@@ -36,6 +36,7 @@ from hostagent.control.server import ControlServer
 from hostagent.control.sessions import Sessions
 from hostagent.control.store import Store
 from hostagent.credentials import CredentialFiles, mask_key
+from hostagent.declarations import INITIAL_PID_NAMESPACE, SOCKET, Declarations
 from hostagent.errors import OperatorError
 from hostagent.names import Names
 from hostagent.notify import notify, watchdog_interval_s
@@ -53,8 +54,6 @@ T = TypeVar("T")
 
 SWEEP_INTERVAL_S = 5.0
 NAMES_INTERVAL_S = 1.0
-INITIAL_PID_NAMESPACE = 0xEFFFFFFC
-"""Inode of the first pid namespace (include/linux/proc_ns.h, PROC_PID_INIT_INO)."""
 ESCAPED_TOLD_MAX = 8
 RECORD_AGE_S = 30.0
 """How long a connection may wait to be accepted before its record of who it is counts as stale."""
@@ -140,7 +139,9 @@ class Daemon:
                 find_worker=self.workers.running.get,
                 spawn=tasks.create_task,
             )
+            declarations = Declarations(settings.run_dir / SOCKET, self._attribution, self.pins, self._alerts.alert)
             await control.start()
+            await declarations.start()
             loop = asyncio.get_running_loop()
             loop.add_signal_handler(signal.SIGTERM, self._stopping.set)
             loop.add_signal_handler(signal.SIGINT, self._stopping.set)
@@ -157,6 +158,7 @@ class Daemon:
             notify(STOPPING=1, STATUS="stopping: connections are refused until the next start")
             await self.workers.stop()
             await control.stop()
+            await declarations.stop()
             for task in background:
                 task.cancel()
         self._guard.close()

@@ -8,6 +8,9 @@ agent", which would give it what its parent may do: `Undecidable` is raised. Arg
 starts a process chooses them, so they narrow a match and prove nothing; the pattern is held against the head that the
 kernel keeps (`bpf/abi.h`), and an image that does not show it there has its parent's rights and no more.
 
+An image that was declared to be an agent (`hostagent/declarations.py`) is that agent. If the policy no longer has it,
+or no longer lets anybody declare it, that is `Undecidable` too.
+
 If several agents match one image, all of them count, in the order of their names: the policy meets over all hops.
 
 Blind spots: uid and cgroup are those at execve. An agent whose file was replaced while it runs is no longer recognised.
@@ -30,7 +33,7 @@ from pathlib import Path
 
 import structlog
 
-from proxy.model import ProcessImage
+from proxy.model import Chain, ProcessImage
 from proxy.policy.document import Agent
 
 log = structlog.get_logger()
@@ -77,14 +80,43 @@ class _Executable:
 
 
 class AgentMatcher:
-    """The agents of one policy version."""
+    """The agents of one policy version. `declarable` are those that can be declared, with who may."""
 
     def __init__(self, agents: Iterable[Agent]) -> None:
-        self._executables = [_Executable(agent) for agent in sorted(agents, key=lambda agent: agent.name)]
+        by_name = sorted(agents, key=lambda agent: agent.name)
+        self._executables = [_Executable(agent) for agent in by_name if agent.exe]
+        self._names = frozenset(agent.name for agent in by_name)
+        self.declarable: dict[str, tuple[str, ...]] = {
+            agent.name: agent.declared_by for agent in by_name if agent.declared_by
+        }
 
     def match(self, image: ProcessImage) -> tuple[str, ...]:
         """Names of the agents that the image is, sorted; raises `Undecidable`."""
-        return tuple(executable.agent.name for executable in self._executables if self._is(executable, image))
+        names = {executable.agent.name for executable in self._executables if self._is(executable, image)}
+        if image.declared:
+            if image.declared not in self.declarable:
+                raise Undecidable(
+                    f"process `{image.tgid}` was declared to be agent `{image.declared}`: no such agent can be now"
+                )
+            names.add(image.declared)
+        return tuple(sorted(names))
+
+    def why_not_declare(self, agent: str, chain: Chain, uid: int) -> str:
+        """Why the process at the end of the chain, which runs as `uid`, may not declare itself to be the agent; empty
+        when it may. An agent may declare what names it; a user may only outside of any agent, and only if the process
+        was that user's when it was started."""
+        if agent not in self.declarable:
+            known = agent in self._names
+            return f"agent `{agent}` has no `declared_by`" if known else f"the policy has no agent `{agent}`"
+        asking = chain.lineage[-1]
+        running = {hop.agent for hop in chain.hops if asking.node in hop.nodes}
+        granted = self.declarable[agent]
+        if running.intersection(granted):
+            return ""
+        if not chain.hops and asking.uid == uid and f"uid:{uid}" in granted:
+            return ""
+        whose = str(chain) if chain.hops else f"uid {uid}, outside of any agent"
+        return f"{whose} may not declare agent `{agent}`: `declared_by` names {', '.join(granted)}"
 
     def close(self) -> None:
         for executable in self._executables:

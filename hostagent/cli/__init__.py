@@ -11,6 +11,7 @@ import sys
 import typer
 
 from hostagent.cli import approvals, audit, cleanup, doctor, policy, reload, replay, run, sessions, status
+from hostagent.cli import exec as declared
 from hostagent.errors import OperatorError
 
 app = typer.Typer(
@@ -22,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("run")(run.run)
+app.command("exec", context_settings={"allow_interspersed_args": False})(declared.execute)
 app.command("cleanup")(cleanup.cleanup)
 app.command("reload")(reload.reload)
 app.command("status")(status.status)

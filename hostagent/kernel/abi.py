@@ -16,7 +16,7 @@ from hostagent import resources
 from hostagent.kernel.settings import MapSizes, Settings
 from proxy.model import Endpoint, Prefix
 
-ABI = 2
+ABI = 3
 SOURCES = ("abi.h", "lineage.bpf.c", "connect.bpf.c")
 
 TRACEPOINTS = {"on_fork": "sched_process_fork", "on_exec": "sched_process_exec", "on_exit": "sched_process_exit"}
@@ -125,6 +125,10 @@ class TaskRow(ctypes.Structure):
     )
 
 
+class Declaration(ctypes.Structure):
+    _fields_ = (("agent", ctypes.c_char * 64),)
+
+
 U32 = struct.Struct("=I")
 U64 = struct.Struct("=Q")
 
@@ -136,6 +140,7 @@ MAPS: dict[str, tuple[int, int]] = {
     "connects": (ctypes.sizeof(ConnectKey), ctypes.sizeof(ConnectRecord)),
     "scope": (ctypes.sizeof(ScopeKey), 4),
     "exempt": (8, 4),
+    "declared": (8, ctypes.sizeof(Declaration)),
 }
 """Maps that user space opens: bytes of key and value."""
 

@@ -198,6 +198,7 @@ def compile_sources(bcc: ModuleType, request: LoadRequest) -> Any:
         f"-DCONNECTS_MAX={sizes.connects}",
         f"-DSCOPE_MAX={sizes.scope}",
         f"-DEXEMPT_MAX={sizes.exempt}",
+        f"-DDECLARED_MAX={sizes.declared}",
         "-Wno-everything",
     ]
     root = Path(tempfile.mkdtemp(prefix="kernel-source-", dir=request.run_dir))

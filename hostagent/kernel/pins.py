@@ -74,6 +74,7 @@ class Pins:
         self._connects = maps["connects"]
         self._scope = maps["scope"]
         self._exempt = maps["exempt"]
+        self._declared = maps["declared"]
         self._maps = maps
         self._programs = programs
         self._conntrack = conntrack
@@ -216,6 +217,7 @@ class Pins:
             return None
         read = abi.Node.from_buffer_copy(value)
         argv, truncated = abi.split_argv(read)
+        label = self._declared.get(abi.U64.pack(node))
         image = ProcessImage(
             node=node,
             tgid=read.tgid,
@@ -228,11 +230,33 @@ class Pins:
             argv=argv,
             argv_truncated=truncated,
             cgroup=self._cgroups.path(read.cgroup_id),
+            declared=abi.Declaration.from_buffer_copy(label).agent.decode() if label is not None else "",
         )
         self._images[node] = read.parent, image
         if len(self._images) > _CACHE_MAX:
             self._images.popitem(last=False)
         return read.parent, image
+
+    def declare(self, node: int, agent: str) -> None:
+        """Labels an image that one process alone runs as an agent, for as long as the image is known. Raises
+        `KernelError` when it is shared already, or was declared before."""
+        key, name = abi.U64.pack(node), agent.encode()
+        if not 0 < len(name) < ctypes.sizeof(abi.Declaration):
+            raise KernelError(f"`{agent}` is no name that an image can be declared by")
+        value = self._nodes.get(key)
+        if value is None or abi.Node.from_buffer_copy(value).others != 0:
+            raise KernelError("the process has forked since it was started: declare from a fresh one (`hopgate exec`)")
+        try:
+            self._declared.put(key, bytes(abi.Declaration(agent=name)), bpf.NOEXIST)
+        except FileExistsError:
+            raise KernelError("the process was declared before") from None
+        except OSError as error:
+            raise KernelError(f"no more processes can be declared: {error}") from error
+        self._images.pop(node, None)
+        if self._nodes.get(key) is None:
+            # it died meanwhile, and whoever released it found nothing to take along
+            self._declared.delete(key)
+            raise KernelError("the process ended meanwhile")
 
     # --- exemption and scope ------------------------------------------------------------------------------------------
 

@@ -20,7 +20,8 @@ class KernelError(OperatorError):
 @dataclass(frozen=True, slots=True)
 class MapSizes:
     """Entries of the kernel's maps; memory is taken at load, about 540 bytes a node. What is started when `procs` or
-    `nodes` are full is unlabelled and denied. `graveyard` is how many dead images wait for a late accept."""
+    `nodes` are full is unlabelled and denied. `graveyard` is how many dead images wait for a late accept; `declared` is
+    how many images may be declared to be agents at a time."""
 
     procs: int = 65_536
     nodes: int = 98_304
@@ -28,6 +29,7 @@ class MapSizes:
     connects: int = 65_536
     scope: int = 4_096
     exempt: int = 1_024
+    declared: int = 4_096
 
     def __post_init__(self) -> None:
         if self.graveyard >= self.nodes:

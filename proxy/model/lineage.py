@@ -13,6 +13,7 @@ class ProcessImage(msgspec.Struct, frozen=True):
 
     `node` is unique for the life of the host's boot. `device` and `inode` identify the executable that was mapped
     (`device` in `st_dev` encoding); `path` is what was passed to `execve` and is for people only: it never grants.
+    `declared` is the agent that a launcher declared the image to be, empty for most.
     `argv` is the head of the argument vector; `argv_truncated` says that more followed. `start_ns` is
     CLOCK_MONOTONIC nanoseconds.
     """
@@ -28,6 +29,7 @@ class ProcessImage(msgspec.Struct, frozen=True):
     argv: tuple[str, ...]
     argv_truncated: bool
     cgroup: str
+    declared: str = ""
 
 
 class Hop(msgspec.Struct, frozen=True):

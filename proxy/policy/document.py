@@ -46,13 +46,17 @@ class PolicyError(Exception):
 
 
 class AgentEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Which process images are this agent: all conditions have to hold."""
+    """Which process images are this agent: those for which all conditions hold, and those declared to be it."""
 
-    exe: Annotated[str, msgspec.Meta(description="absolute path of the executable; compared as the file it is")]
+    exe: Annotated[str, msgspec.Meta(description="absolute path of the executable; compared as the file it is")] = ""
     sha256: Annotated[str, msgspec.Meta(description="of the executable, 64 hex digits")] = ""
     argv: Annotated[str, msgspec.Meta(description="glob over the arguments joined by spaces")] = ""
     uid: int | None = None
     cgroup: Annotated[str, msgspec.Meta(description="glob over the cgroup's path")] = ""
+    declared_by: Annotated[
+        Words,
+        msgspec.Meta(description="agents and uid:N that may declare it with `hopgate exec`; then exe is optional"),
+    ] = ()
 
 
 class TlsEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -110,14 +114,16 @@ class PolicyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Agent(msgspec.Struct, frozen=True):
-    """A named identity and the process images that have it. Empty or None: any."""
+    """A named identity and the process images that have it. Empty or None: any, but without `exe` it can only be
+    declared, by those in `declared_by`: agents, and `uid:N`."""
 
     name: str
-    exe: str
+    exe: str = ""
     sha256: str = ""
     argv: str = ""
     uid: int | None = None
     cgroup: str = ""
+    declared_by: tuple[str, ...] = ()
 
 
 class Mask(msgspec.Struct, frozen=True):

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -44,6 +44,7 @@ MAX_HOLD_S = 24 * 3600.0
 
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,62}")
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,252}")
+_UID = re.compile(r"uid:(0|[1-9][0-9]{0,9})")
 _UNITS_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -92,7 +93,7 @@ class _Merge:
         agents = self._unique("agents")
         targets = self._unique("targets")
         document = Document(
-            agents=tuple(self._agent(name, source, entry) for name, (source, entry) in agents.items()),
+            agents=tuple(self._agent(name, source, entry, agents.keys()) for name, (source, entry) in agents.items()),
             targets=tuple(self._target(name, source, entry) for name, (source, entry) in targets.items()),
             rules=self._rules(agents.keys() | {UNATTRIBUTED}, targets.keys()),
             protected_ports=self._ports(),
@@ -102,12 +103,24 @@ class _Merge:
             raise PolicyError(self._problems)
         return document
 
-    def _agent(self, name: str, source: Source[PolicyFile], entry: AgentEntry) -> Agent:
-        def at(key: str) -> str:
-            return source.place("agents", name, key)
+    def _agent(self, name: str, source: Source[PolicyFile], entry: AgentEntry, agents: Collection[str]) -> Agent:
+        def at(*key: str | int) -> str:
+            return source.place("agents", name, *key)
 
-        if not PurePosixPath(entry.exe).is_absolute():
+        declarers = words(entry.declared_by)
+        if not entry.exe and not declarers:
+            self._complain(at(), f"agent `{name}` needs `exe`, or `declared_by` for those who may declare it")
+        if entry.exe and not PurePosixPath(entry.exe).is_absolute():
             self._complain(at("exe"), f"`{entry.exe}` is not an absolute path")
+        for key in ("sha256", "argv", "uid", "cgroup"):
+            if declarers and not entry.exe and getattr(entry, key) not in ("", None):
+                self._complain(at(key), f"`{key}` without `exe`: a declaration does not look at it")
+        for index, word in enumerate(declarers):
+            if not _UID.fullmatch(word) and (word not in agents or word == name) and not self._shapeless:
+                others = sorted(set(agents) - {name})
+                self._complain(
+                    at("declared_by", index), f"`{word}` is neither uid:N nor another agent: {listed(others)}"
+                )
         if entry.sha256 and not re.fullmatch(r"[0-9a-fA-F]{64}", entry.sha256):
             self._complain(at("sha256"), f"`{entry.sha256}` is not 64 hex digits")
         if entry.uid is not None and not 0 <= entry.uid < 2**32 - 1:
@@ -116,7 +129,7 @@ class _Merge:
             glob: str = getattr(entry, key)
             if glob.count("[") != glob.count("]") or "[]" in glob:
                 self._complain(at(key), f"bad glob `{glob}`: a `[` without its `]`; write `[[]` for a bracket")
-        return Agent(name, entry.exe, entry.sha256.lower(), entry.argv, entry.uid, entry.cgroup)
+        return Agent(name, entry.exe, entry.sha256.lower(), entry.argv, entry.uid, entry.cgroup, declarers)
 
     def _target(self, name: str, source: Source[PolicyFile], entry: TargetEntry) -> NamedTarget:
         def at(*key: str | int) -> str:
