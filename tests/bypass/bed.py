@@ -438,6 +438,8 @@ def opened_bed() -> Iterator[Bed]:
                 raise RuntimeError(f"the early attacker does not come up: {said}")
             made._early[state] = process
         running.start()
+        # fast open without a cookie: the very first SYN carries data
+        sysctl(runner, "net.ipv4.tcp_fastopen", "5")
         # what the kernel of a runner waits for a minute is waited for a second here
         sysctl(runner, "net.netfilter.nf_conntrack_tcp_timeout_close_wait", "1")
         with uplink(database) as netns:
