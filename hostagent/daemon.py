@@ -27,6 +27,7 @@ import structlog
 import uvloop
 
 from hostagent import kernel
+from hostagent.adoption import Adoption
 from hostagent.alerts import Alerts
 from hostagent.attribution import AgentMatcher, Attribution, Undecidable, build_chain
 from hostagent.cancels import CancelTable
@@ -106,6 +107,12 @@ class Daemon:
         self.pins = await asyncio.to_thread(kernel.start, self._kernel_settings, self._scope())
         self._attribution = Attribution(self.pins, AgentMatcher(self.policy.resolved.agents))
         self._guard = await asyncio.to_thread(kernel.Guard, self._kernel_settings, self.pins, self._scope())
+        self._adoption = Adoption(
+            kernel.Sockets(settings.listen_port, self._kernel_settings.mark),
+            reset=settings.adopt == "reset",
+            alert=self._alerts.alert,
+        )
+        self._adoption.adopt(self._scope())
         authority_dir = settings.state_dir / "ca"
         self.watch = Watch(
             guard=self._guard,
@@ -162,6 +169,7 @@ class Daemon:
             for task in background:
                 task.cancel()
         self._guard.close()
+        self._adoption.close()
         self._store.close()
 
     # --- what the control socket asks ---------------------------------------------------------------------------------
@@ -190,6 +198,7 @@ class Daemon:
             "kernel": self.pins.counters(),
             "overflowed": self.pins.overflowed(),
             "up_s": round(time.time() - self.started_s),
+            **self._adoption.report(self._scope()),
             **self.watch.report(),
         }
 
@@ -202,6 +211,7 @@ class Daemon:
         self._send_policy(list(self.workers.running.values()))
         self._notify_status()
         self._guard.apply(self._scope())
+        self._adoption.adopt(self._scope())
         return self.policy.compiled.version
 
     def _name_chain(self, lineage: tuple[ProcessImage, ...]) -> str:
@@ -304,6 +314,7 @@ class Daemon:
                 continue
             try:
                 self._guard.apply(self._scope())
+                self._adoption.adopt(self._scope())
                 moved = False
             except kernel.KernelError as error:
                 self._alerts.alert(f"new addresses of a name are not protected yet: {error}", done="it is tried again")

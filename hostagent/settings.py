@@ -29,6 +29,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     None for a directory below the daemon's own. `workers` 0 means one per core. `credentials_dir` None means
     `$CREDENTIALS_DIRECTORY` where the service manager set it, else `/etc/hopgate/credentials`.
 
+    `adopt` says what becomes of connections that are older than the redirect: `leave`, or `reset` once.
+
     `listen_port` is below 1024: the redirect leads there also while nobody listens, and no user may then take it. It is
     below 512 because others take privileged ports above for clients of theirs (bindresvport(3))."""
 
@@ -43,6 +45,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     pin_dir: Path = Path("/sys/fs/bpf/hopgate")
     credentials_dir: Path | None = None
     offer_tls: bool = True
+    adopt: str = "leave"
     log_level: str = "info"
 
     @property
@@ -138,6 +141,12 @@ def _switch(value: object) -> bool:
     return value
 
 
+def _adopt(value: object) -> str:
+    if value not in ("leave", "reset"):
+        raise ValueError("expected leave or reset")
+    return str(value)
+
+
 def _level(value: object) -> str:
     if value not in _LEVELS:
         raise ValueError(f"expected one of {', '.join(_LEVELS)}")
@@ -156,5 +165,6 @@ _PARSERS: dict[str, Callable[[object], object]] = {
     "pin_dir": _path,
     "credentials_dir": _path_or_auto,
     "offer_tls": _switch,
+    "adopt": _adopt,
     "log_level": _level,
 }

@@ -11,8 +11,10 @@ from hostagent.kernel.lifecycle import apply_scope, attached, cleanup, start
 from hostagent.kernel.pins import ConnectRecord, Pins, Refused, Unclaimed
 from hostagent.kernel.ruleset import Culprit, RulesetEvents
 from hostagent.kernel.settings import KernelError, MapSizes, Scope, Settings
+from hostagent.kernel.sockets import Bypass, Sockets
 
 __all__ = [
+    "Bypass",
     "ConnectRecord",
     "Culprit",
     "Guard",
@@ -23,6 +25,7 @@ __all__ = [
     "RulesetEvents",
     "Scope",
     "Settings",
+    "Sockets",
     "Unclaimed",
     "apply_scope",
     "attached",

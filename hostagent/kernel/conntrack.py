@@ -59,6 +59,11 @@ class Conntrack:
                 return peer, False
         return None
 
+    def redirected(self, source: Endpoint, dest: Endpoint) -> bool:
+        """Whether the connection that a client has from `source` to `dest` ends at the listener. Raises `OSError`."""
+        found = self._get(_TUPLE_ORIG, source, dest)
+        return found is not None and found[1][0].port == self._listen_port and found[1][0] != dest
+
     def _get(self, which: int, source: Endpoint, dest: Endpoint) -> tuple[_Tuple, _Tuple] | None:
         self._sequence = (self._sequence + 1) & 0xFFFFFFFF
         version = ipaddress.ip_address(source.address).version
