@@ -1,6 +1,7 @@
 """Watches what is ours on the host while the daemon runs. What somebody else changes is put back, alerted and recorded.
 
-    rules, sets        at once when the kernel tells (nf_tables), every `LOOK_S` where it does not (sets, legacy tables)
+    rules              at once when the kernel tells (nf_tables), every `LOOK_S` where it does not (legacy tables)
+    address sets       the number of members every `SETS_S`, each of them every `LOOK_S`
     pins, attachment,
     the maps' contents every `LOOK_S`
     CA, mask key       every `LOOK_S`, put back as they were at start
@@ -27,6 +28,7 @@ from hostagent.alerts import Alerts
 from proxy.model import ProcessImage
 
 LOOK_S = 1.0
+SETS_S = 0.05
 RULES_S = 10.0
 """How often the rules are looked at although the kernel said nothing."""
 
@@ -94,9 +96,11 @@ class Watch:
         loop.add_reader(self._events.fileno(), self._ruleset_changed)
         try:
             while True:
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(LOOK_S):
-                        await self._wake.wait()
+                due_s = time.monotonic() + LOOK_S
+                while not self._wake.is_set() and time.monotonic() < due_s and self._guard.sets_are_whole():
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(SETS_S):
+                            await self._wake.wait()
                 self._wake.clear()
                 await self._look()
         finally:

@@ -23,6 +23,7 @@ from hostagent.kernel import abi, bpf, redirect, turn
 from hostagent.kernel.lifecycle import apply_scope, pinned_names
 from hostagent.kernel.loader import pin, require_bpffs
 from hostagent.kernel.pins import Pins
+from hostagent.kernel.ruleset import SetSizes
 from hostagent.kernel.settings import KernelError, Scope, Settings
 from proxy.model import ProcessImage
 
@@ -43,27 +44,51 @@ class Guard:
         self.notified = redirect.notified()
         """Whether the kernel tells about changes of the rules."""
         self._config = bytes(self._own.config())
+        self._sets, self._sets_lock = SetSizes(), threading.Lock()
+        self._members: tuple[int, ...] = ()
         try:
             for name in pinned_names():
                 self._held[name] = bpf.object_get(settings.pin_dir / name)
         except OSError as error:
             self.close()
             raise KernelError(f"cannot hold the pins in `{settings.pin_dir}`: {error}; restart hopgate") from error
-        self.apply(scope)
+        try:
+            self.apply(scope)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         """Waits for a look that is under way. Repeatable."""
         with self._lock:
             self._own.close()
+            self._sets.close()
             while self._held:
                 os.close(self._held.popitem()[1])
 
     def apply(self, scope: Scope) -> None:
-        """Takes another scope. Raises `KernelError`."""
+        """Takes another scope. Raises `KernelError`; the next look then puts back what was in force before."""
         with self._lock:
-            self._scope = scope
-            self._rules = redirect.Rules.of(self._settings, scope)
-            self._installed = apply_scope(self._settings, self._pins, scope)
+            rules, former = redirect.Rules.of(self._settings, scope), self._pins.scope_here
+            try:
+                installed = apply_scope(self._settings, self._pins, scope)
+            except BaseException:
+                self._pins.scope_here = former
+                raise
+            self._scope, self._rules, self._installed = scope, rules, installed
+            self._members = self._sizes()
+
+    def sets_are_whole(self) -> bool:
+        """Whether the address sets have as many members as they should: cheap, for many times a second, where `repair`
+        looks at each. Never waits for what others do."""
+        try:
+            return self._sizes() == self._members
+        except OSError:
+            return False
+
+    def _sizes(self) -> tuple[int, ...]:
+        with self._sets_lock:
+            return tuple(map(self._sets.of, redirect.set_names()))
 
     def repair(self, *, rules: bool = True) -> list[str]:
         """Says what was changed, all of which is put back. Without `rules` they are taken as they should be. Raises

@@ -135,6 +135,11 @@ def faults() -> list[str]:
     return found + [f"set {name} is gone" for name in (_PORTS_SET, *_ENDPOINTS_SET.values()) if name not in existing]
 
 
+def set_names() -> tuple[str, ...]:
+    """The sets that the rules look into."""
+    return (_PORTS_SET, *_ENDPOINTS_SET.values())
+
+
 def notified() -> bool:
     """Whether the kernel tells about changes of the rules (`RulesetEvents`): not with the legacy tables. Raises
     `KernelError`."""

@@ -20,12 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.e2e import beds
-from tests.e2e.beds import DATABASE, JOB, Bed, target, wait_until
+from tests.e2e.beds import DATABASE, Bed, target, wait_until
 from tests.e2e.test_faults import LOADER, World
 from tests.lab.hopgate import GatewayError
 from tests.lab.namespaces import entered
 
 KINDS = ("worker", "worker", "worker", "daemon", "daemon", "loader")
+JOB = "agents:\n  job: {exe: /usr/bin/python3}\n"
+"""What the clients run themselves: when everything is loaded anew, what they ran before is not known any more."""
 PROGRAMS = ["on_exec", "on_exit", "on_fork", "on_sock_ops"]
 
 

@@ -176,14 +176,16 @@ def test_turns_are_taken_one_after_the_other(tmp_path: Path) -> None:
     assert not turn.descriptors()
 
 
-def test_a_scope_that_fails_leaves_the_guard_working(shared: Bed) -> None:
+def test_a_scope_that_does_not_fit_leaves_the_one_before(shared: Bed) -> None:
     with namespaces.entered(shared.netns):
         guard = kernel.Guard(shared.settings, shared.pins, shared.scope)
         try:
             assert guard.repair() == []
+            before = shared.pins.scope()
             with pytest.raises(kernel.KernelError):
                 guard.apply(dataclasses.replace(shared.scope, ports=tuple(range(1, 10_000))))
-            guard.apply(shared.scope)
-            assert guard.repair() == []
+            assert guard.repair() == ["what is recorded was changed"]
+            assert shared.pins.scope() == before
+            assert guard.repair() == [] and guard.sets_are_whole()
         finally:
             guard.close()
