@@ -1,0 +1,195 @@
+"""Clients in network namespaces of their own, as docker and podman make them: a veth pair into a bridge of the host's
+namespace, which forwards. They are attributed by the same record, and served."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import textwrap
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from hostagent.kernel.cgroups import mount_point
+from tests.e2e import beds
+from tests.e2e.beds import DATABASE, JOB, Bed
+from tests.lab import cgroups
+from tests.lab.namespaces import ip, namespace, sysctl
+
+GATE, CONTAINER, OTHER = "10.88.0.1", "10.88.0.2", "10.88.0.3"
+PSQL = ("psql", "-X", "-A", "-t", "-c")
+CONNINFO = f"host={DATABASE} dbname=shop user=agent sslmode=prefer"
+FROM_PORT = """
+import re, socket, struct, sys
+with socket.socket() as sock:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind(("", int(sys.argv[2])))
+    if sys.argv[3:]:
+        sock.setblocking(False)
+    sock.connect_ex((sys.argv[1], 5432))
+    print("connecting", flush=True)
+    if sys.argv[3:]:
+        sys.stdin.read()
+    else:
+        startup = struct.pack("!I", 196608) + b"user\\0agent\\0database\\0shop\\0\\0"
+        sock.sendall(struct.pack("!I", len(startup) + 4) + startup)
+        sock.settimeout(10)
+        print(sock.recv(4096).decode(errors="replace").replace("\\0", "\\n"), flush=True)
+"""
+
+
+@dataclass
+class Hosts:
+    """The gateway's bed, and two containers behind a bridge."""
+
+    bed: Bed
+    one: str
+    two: str
+
+    def command(self, netns: str, command: Sequence[str], *, hooked: bool = True) -> list[str]:
+        group = self.bed.gateway.cgroup / "jobs" if hooked else None
+        if group is not None:
+            group.mkdir(exist_ok=True)
+        return cgroups.inside(command, cgroup=group, netns=netns)
+
+    def run(self, netns: str, command: Sequence[str], *, hooked: bool = True) -> str:
+        done = subprocess.run(
+            self.command(netns, command, hooked=hooked), capture_output=True, text=True, timeout=60, cwd="/"
+        )
+        return (done.stdout + done.stderr).strip()
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    with beds.bed("containers") as bed, namespace() as one, namespace() as two:
+        ip("-n", bed.runner, "link", "add", "bridge", "type", "bridge")
+        ip("-n", bed.runner, "address", "add", f"{GATE}/24", "dev", "bridge")
+        ip("-n", bed.runner, "link", "set", "bridge", "up")
+        sysctl(bed.runner, "net.ipv4.ip_forward", "1")
+        for number, (netns, address) in enumerate([(one, CONTAINER), (two, OTHER)]):
+            wire = f"veth{number}"
+            ip("link", "add", wire, "netns", bed.runner, "type", "veth", "peer", "name", "eth0", "netns", netns)
+            ip("-n", bed.runner, "link", "set", wire, "master", "bridge", "up")
+            ip("-n", netns, "address", "add", f"{address}/24", "dev", "eth0")
+            ip("-n", netns, "link", "set", "eth0", "up")
+            ip("-n", netns, "route", "add", "default", "via", GATE)
+        bed.gateway.write_policy(JOB + "targets:\n" + beds.target("shop", f"{DATABASE}:5432") + beds.rules())
+        bed.gateway.start()
+        yield Hosts(bed, one, two)
+
+
+def test_a_client_behind_a_bridge_is_attributed_and_served(hosts: Hosts) -> None:
+    for netns, address in ((hosts.one, CONTAINER), (hosts.two, OTHER)):
+        assert hosts.run(netns, [*PSQL, "SELECT 'served'", CONNINFO]) == "served"
+        session = hosts.bed.sessions()[0]
+        assert (session["chain"], session["target"]) == ("job", "shop")
+        assert str(session["peer"]).startswith(f"{address}:")
+
+
+def test_a_client_behind_a_bridge_that_no_record_is_of_is_refused(hosts: Hosts) -> None:
+    said = hosts.run(hosts.one, [*PSQL, "SELECT 1", CONNINFO], hooked=False)
+    assert "could not be attributed" in said
+    assert "no record of this connection" in said
+
+
+@contextmanager
+def twin(hosts: Hosts, port: int) -> Iterator[None]:
+    """Another container with the first one's address connects from this port, into nowhere, and stays."""
+    with namespace(CONTAINER) as netns:
+        ip("-n", netns, "link", "add", "void", "type", "veth", "peer", "name", "nowhere")
+        for device in ("void", "nowhere"):
+            ip("-n", netns, "link", "set", device, "up")
+        ip("-n", netns, "route", "add", "default", "dev", "void", "src", CONTAINER)
+        command = ["/usr/bin/python3", "-I", "-c", FROM_PORT, DATABASE, str(port), "stay"]
+        with subprocess.Popen(
+            hosts.command(netns, command), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as process:
+            assert process.stdout is not None and process.stdout.readline() == "connecting\n"
+            try:
+                yield
+            finally:
+                process.communicate()
+
+
+def test_overlapping_addresses_of_two_containers_are_refused(hosts: Hosts) -> None:
+    port = 41_500
+    client = ["/usr/bin/python3", "-I", "-c", FROM_PORT, DATABASE, str(port)]
+    with twin(hosts, port):
+        assert "two network namespaces use the same addresses" in hosts.run(hosts.one, client)
+    assert hosts.bed.sessions()[0]["refusal"]
+    # without the twin the same client from another port is served
+    assert "two network namespaces" not in hosts.run(hosts.one, [*client[:-1], str(port + 1)])
+
+
+# --- a real container -------------------------------------------------------------------------------------------------
+
+
+def _root_filesystem(directory: Path) -> Path:
+    """psql and what it needs, of this host: returns the path of psql in it."""
+    psql = Path("/usr/lib/postgresql/15/bin/psql")
+    linked = subprocess.run(["ldd", str(psql)], check=True, capture_output=True, text=True).stdout
+    libraries = [word for line in linked.splitlines() for word in line.split() if word.startswith("/")]
+    for name in ("proc", "dev", "tmp", "etc", "usr/bin"):
+        (directory / name).mkdir(parents=True)
+    for library in libraries:
+        place = directory / library.lstrip("/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(library, place)
+    (directory / "etc/passwd").write_text("root:x:0:0::/:/usr/bin/psql\n")
+    return Path(shutil.copy(psql, directory / "usr/bin/psql"))
+
+
+def _bundle(directory: Path, netns: str, cgroup: Path, command: Sequence[str]) -> None:
+    subprocess.run(["runc", "spec"], check=True, cwd=directory)
+    config = json.loads((directory / "config.json").read_text())
+    config["process"] |= {"terminal": False, "args": [*command], "cwd": "/", "env": ["PATH=/usr/bin", "HOME=/tmp"]}
+    config["process"].pop("rlimits", None)
+    config["mounts"] = [mount for mount in config["mounts"] if mount["type"] in ("proc", "tmpfs")]
+    linux = config["linux"]
+    linux["namespaces"] = [kind for kind in linux["namespaces"] if kind["type"] not in ("network", "cgroup")]
+    linux["namespaces"].append({"type": "network", "path": f"/run/netns/{netns}"})
+    linux.pop("resources", None)
+    # below the hooked one, as all of a runner's containers are below the root
+    linux["cgroupsPath"] = f"/{cgroup.relative_to(mount_point())}"
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def _forget(name: str) -> None:
+    """Where version 1 hierarchies are mounted too, runc leaves the directories above its own in each of them."""
+    for directory in Path("/sys/fs/cgroup").glob(f"*/{name}"):
+        if directory.parent != mount_point():
+            for below in [*directory.iterdir(), directory]:
+                if below.is_dir():
+                    below.rmdir()
+
+
+@pytest.mark.skipif(shutil.which("runc") is None, reason="runc is not installed")
+def test_an_agent_in_a_container_of_runc_is_known_by_its_file(hosts: Hosts) -> None:
+    """Its mount, pid, uts and ipc namespaces are its own, and so is its root file system."""
+    bed = hosts.bed
+    bundle = bed.directory / "bundle"
+    bundle.mkdir()
+    psql = _root_filesystem(bundle / "rootfs")
+    cgroup = bed.gateway.cgroup / "container"
+    _bundle(bundle, hosts.one, cgroup, ["/usr/bin/psql", *PSQL[1:], "SELECT 'contained'", CONNINFO])
+    agents = f"agents:\n  job: {{exe: /bin/sh}}\n  contained: {{exe: {psql}}}\n"
+    rules = textwrap.dedent("""\
+        rules:
+          - {name: all-read, agents: "*", targets: "*", statements: read, decision: allow}
+        """)
+    bed.gateway.write_policy(agents + "targets:\n" + beds.target("shop", f"{DATABASE}:5432") + rules)
+    bed.gateway.cli("reload")
+    root = ["runc", "--root", str(bed.directory / "runc")]
+    try:
+        said = hosts.run(bed.runner, [*root, "run", "--bundle", str(bundle), "hopgate-test"])
+    finally:
+        subprocess.run([*root, "delete", "--force", "hopgate-test"], capture_output=True)
+        _forget(bed.gateway.cgroup.name)
+    assert said == "contained"
+    session = bed.sessions()[0]
+    assert session["chain"] == "job > contained"
+    assert str(session["peer"]).startswith(f"{CONTAINER}:")
