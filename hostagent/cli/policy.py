@@ -42,6 +42,7 @@ def check(
 @app.command("test")
 def test(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Files of policy tests.", exists=True)],
+    _config: Config = DEFAULT_CONFIG,  # every verb takes it; here the tests name their policy
 ) -> None:
     """Run the tests of a policy, in the policy's own CI; exit 1 and one line a difference when one fails."""
     from proxy.model import Operation, OperationKind
