@@ -544,6 +544,24 @@ static int local(void)
 	return speak(fd);
 }
 
+/* Says that it is agent `rest[1]`, as `hopgate exec` does, and then connects. */
+static int declare(void)
+{
+	struct sockaddr_un to = {.sun_family = AF_UNIX};
+	int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+	char text[512] = {};
+
+	strncpy(to.sun_path, rest[0], sizeof(to.sun_path) - 1);
+	if (connect(fd, (void *)&to, sizeof(to)))
+		return failed("AF_UNIX connect");
+	send(fd, text, sprintf(text, "{\"agent\": \"%s\"}\n", rest[1]), MSG_NOSIGNAL);
+	ssize_t got = recv(fd, text, sizeof(text) - 1, 0);
+
+	text[got > 0 ? got - 1 : 0] = 0;
+	say("%s", text);
+	return plain();
+}
+
 /* --- sockets that change hands ------------------------------------------------------------------------------------ */
 
 static int pass(int over, int fd)
@@ -869,7 +887,7 @@ static const struct {
 } ways[] = {
 	WAY(plain), WAY(mptcp), WAY(smc), WAY(fast_open_sendto), WAY(fast_open_connect), WAY(uring), WAY(uring_async),
 	WAY(uring_sqpoll), WAY(device), WAY(mark), WAY(source_port), WAY(outlive), WAY(raw), WAY(raw_stray),
-	WAY(raw_fragments), WAY(packet), WAY(http_connect), WAY(source_route), WAY(early), WAY(launch), WAY(udp), WAY(vsock), WAY(local), WAY(give), WAY(take), WAY(keep), WAY(rob),
+	WAY(raw_fragments), WAY(packet), WAY(http_connect), WAY(source_route), WAY(early), WAY(launch), WAY(udp), WAY(vsock), WAY(local), WAY(declare), WAY(give), WAY(take), WAY(keep), WAY(rob),
 	WAY(fork_between), WAY(clone_parent), WAY(orphan), WAY(run_as), WAY(from_memory), WAY(named), WAY(deep),
 	WAY(sleeper), WAY(new_namespace), WAY(flood), WAY(squat),
 #ifdef __x86_64__

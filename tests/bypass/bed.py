@@ -11,8 +11,8 @@ own role needs one that only the gateway has. Witnesses:
     the gateway's index, recordings and log             what came to the proxy, and what was said about it
 
 What arrived is the proxy's own only if its source port logged in as the gateway's role. Agents of the policy: `attack`,
-which may do nothing; `dba`, which may read, as user DBA only; `clerk`, which may read, told by an argument. `tool` is
-the same program and no agent.
+which may do nothing; `dba`, which may read, as user DBA only; `clerk` and `guest`, which may read, told by an argument
+and by a declaration. `tool` is the same program and no agent.
 """
 
 from __future__ import annotations
@@ -70,6 +70,7 @@ agents:
   attack: {{exe: {attack}}}
   dba: {{exe: {dba}, uid: {dba_uid}}}
   clerk: {{exe: {clerk}, argv: "*clerks-work*"}}
+  guest: {{declared_by: "uid:{attacker_uid}"}}
 targets:
   shop:
     protocol: postgresql
@@ -78,7 +79,12 @@ targets:
     tls: {{mode: disable}}
 protect: {{{protected}: postgresql}}
 rules:
-  - {{name: they-read, agents: [dba, clerk], targets: shop, statements: read, relations: "public.*", decision: allow}}
+  - name: they-read
+    agents: [dba, clerk, guest]
+    targets: shop
+    statements: read
+    relations: "public.*"
+    decision: allow
 """
 
 
@@ -418,6 +424,7 @@ def opened_bed() -> Iterator[Bed]:
                 dba=directory / "bin" / "dba",
                 clerk=directory / "bin" / "clerk",
                 dba_uid=DBA,
+                attacker_uid=ATTACKER,
                 four=DATABASE[0],
                 six=DATABASE[1],
                 port=PORT,

@@ -430,6 +430,23 @@ def _(bed: Bed) -> Seen:
     return attack(bed, "user", "plain", program="tool", uid=DBA, above=above)
 
 
+@case(
+    "agent declared from below another", "user", f"{DENIED}, alerted", "also where the policy lets this user declare it"
+)
+def _(bed: Bed) -> Seen:
+    return attack(bed, "user", "declare", bed.gateway.directory / "run" / "declare.sock", "guest")
+
+
+@case(
+    "agent declared by way of a daemon",
+    "user",
+    "answered as guest",
+    "`declared_by: uid:N` gives the agent to whatever runs as that user below no agent",
+)
+def _(bed: Bed) -> Seen:
+    return submitted(bed, bed.tool, ATTACKER, "declare", bed.gateway.directory / "run" / "declare.sock", "guest")
+
+
 def traced(bed: Bed, **tracer: Any) -> Seen:
     bed.begin()
     with bed.started(command(bed, "user", "sleeper", program="dba", uid=DBA)) as (_, pid):
@@ -438,7 +455,7 @@ def traced(bed: Bed, **tracer: Any) -> Seen:
 
 if os.uname().machine == "x86_64":
     for who in ("user", "root"):
-        case("ptrace of an agent that may", who, CLOSED)(lambda bed, who=who: traced(bed, **_WHO[who]))  # type: ignore[misc]
+        case("ptrace of an agent that may", who, CLOSED)(lambda bed, who=who: traced(bed, **_WHO[who]))
     case(
         "ptrace of an agent that may",
         "root +SYS_PTRACE",
@@ -505,7 +522,7 @@ def _(bed: Bed) -> Seen:
         return attack(bed, "user", "http_connect", DATABASE[0], 3128)
 
 
-def submitted(bed: Bed, program: Path, uid: int) -> Seen:
+def submitted(bed: Bed, program: Path, uid: int, way: str = "plain", *arguments: object) -> Seen:
     """A daemon that is not below the attacker runs what the attacker tells it."""
     spool = bed.work / f"spool-{uid}"
     spool.unlink(missing_ok=True)
@@ -514,7 +531,8 @@ def submitted(bed: Bed, program: Path, uid: int) -> Seen:
     os.chmod(bed.work, 0o777)
     with bed.started([*daemon, f"UNIX-LISTEN:{spool},mode=777,fork", "EXEC:/bin/sh"], ready=False):
         until(lambda: spool.exists(), "the daemon's socket")
-        job = f"echo {program} plain {DATABASE[0]} {PORT} {bed.token} | socat -t3 - UNIX-CONNECT:{spool}"
+        words = [program, way, DATABASE[0], PORT, bed.token, *arguments]
+        job = f"echo {' '.join(map(str, words))} | socat -t3 - UNIX-CONNECT:{spool}"
         return bed.end(bed.run(command(bed, "user", "launch", "/bin/sh", "-c", job)))
 
 
