@@ -145,6 +145,7 @@ class Daemon:
                 exempt=self._exempt,
                 find_worker=self.workers.running.get,
                 spawn=tasks.create_task,
+                no_target=self._names.hurry,
             )
             declarations = Declarations(settings.run_dir / SOCKET, self._attribution, self.pins, self._alerts.alert)
             await control.start()

@@ -8,8 +8,9 @@ The resolver is the host's own (`getaddrinfo`), because that is whom clients ask
 It does not tell how long an answer is good for, so the name servers of `/etc/resolv.conf` are asked for the TTL; where
 none of them tells, it is `DEFAULT_S`.
 
-Blind spots: a client may learn an address before we do. At a protected port it is refused until we know it too; at any
-other port its connection is not redirected. Who has a name server answer him alone is in that position: protect ports.
+Blind spots: a client may learn an address before we do. At a protected port it is refused, and we ask sooner (`hurry`);
+at any other port its connection is not redirected. Who has a name server answer him alone is in that position: protect
+ports.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ Ask = Callable[[str], resolver.Answer]
 class _Known:
     current: tuple[str, ...]
     due_s: float
+    asked_s: float
     left_s: dict[str, float] = field(default_factory=dict)
     trouble: str = ""
 
@@ -89,6 +91,15 @@ class Names:
         now_s = self._clock()
         return tuple(name for name, known in self._known.items() if known.due_s <= now_s)
 
+    def hurry(self) -> None:
+        """Somebody was refused at an address that is no target: what has not been asked for in the last `MIN_S` is due,
+        since the client may have heard of a new address before us."""
+        now_s = self._clock()
+        self._known = {
+            name: replace(known, due_s=min(known.due_s, max(now_s, known.asked_s + MIN_S)))
+            for name, known in self._known.items()
+        }
+
     def ask(self, name: str) -> resolver.Answer | OSError:
         """Asks, and may block; nothing is changed, so this may run in another thread."""
         try:
@@ -104,12 +115,12 @@ class Names:
     def learn(self, name: str, outcome: resolver.Answer | OSError, in_use: frozenset[str]) -> bool:
         """Takes what came of a question; true when the addresses changed. `in_use` are those that sessions are at."""
         now_s = self._clock()
-        before = self._known.get(name, _Known((), now_s))
+        before = self._known.get(name, _Known((), now_s, now_s))
         if isinstance(outcome, OSError):
             why = outcome.strerror or str(outcome)
             if why != before.trouble:
                 self.alert(f"host name `{name}` does not resolve any more: {why}", done="its old addresses are kept")
-            after = replace(before, due_s=now_s + DEFAULT_S, trouble=why)
+            after = replace(before, due_s=now_s + DEFAULT_S, asked_s=now_s, trouble=why)
         else:
             if before.trouble:
                 log.info("a name resolves again", name=name)
@@ -118,6 +129,7 @@ class Names:
             after = _Known(
                 current=outcome.addresses,
                 due_s=now_s + lifetime_s,
+                asked_s=now_s,
                 left_s={address: at_s for address, at_s in left_s.items() if address not in outcome.addresses},
             )
         kept = {

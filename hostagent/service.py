@@ -48,7 +48,8 @@ class _OpenSession:
 
 
 class Service:
-    """`exempt(worker, source)` lets the kernel side learn which process image mustered."""
+    """`exempt(worker, source)` lets the kernel side learn which process image mustered; `no_target` is told that
+    somebody who is known dialled what is no target."""
 
     def __init__(
         self,
@@ -63,6 +64,7 @@ class Service:
         exempt: Callable[[WorkerProcess, ports.Mustered], None],
         find_worker: Callable[[int], WorkerProcess | None],
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        no_target: Callable[[], None] = lambda: None,
     ) -> None:
         self._policy = policy
         self._attribution = attribution
@@ -74,6 +76,7 @@ class Service:
         self._exempt = exempt
         self._find_worker = find_worker
         self._spawn = spawn
+        self._no_target = no_target
         self._open: dict[str, _OpenSession] = {}
 
     @property
@@ -135,6 +138,7 @@ class Service:
         target = policy.target_at(request.dialled)
         if not refusal and target is None:
             refusal, hint = f"{request.dialled} is no target of the policy on this host", HINT_NO_TARGET
+            self._no_target()
         protocol = target.protocol if target else policy.protocol_at(request.dialled.port) or ""
         try:
             opened = self._sessions.open(

@@ -26,6 +26,7 @@ class NameServer:
 
     def __init__(self, address: str) -> None:
         self.address = address
+        self.ttl_s = TTL_S
         self._addresses: list[str] = []
         self._changed_s = 0.0
         self._asked_s: list[float] = []
@@ -53,7 +54,7 @@ class NameServer:
         found = self._addresses if kind == _A else []
         flags = 0x8180 | (0 if self._addresses else _NO_SUCH_NAME)
         records = b"".join(
-            b"\xc0\x0c" + struct.pack("!HHIH", _A, 1, TTL_S, 4) + ipaddress.ip_address(address).packed
+            b"\xc0\x0c" + struct.pack("!HHIH", _A, 1, self.ttl_s, 4) + ipaddress.ip_address(address).packed
             for address in found
         )
         return sent[:2] + struct.pack("!5H", flags, 1, len(found), 0, 0) + sent[12:end] + records

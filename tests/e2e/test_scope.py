@@ -176,5 +176,15 @@ def test_the_name_servers_ttl_says_when_it_is_asked_again(names: NameServer) -> 
     assert time.monotonic() - begun > 3
 
 
+def test_a_client_that_hears_of_an_address_first_is_served_soon(names: NameServer) -> None:
+    names.ttl_s = 200
+    names.forget()
+    wait_until(lambda: names.asked_since_change() > 0, "the name has a long TTL from now on", 15)
+    time.sleep(0.5)
+    names.addresses = [OTHER]
+    assert "is no target" in _psql(names.bed, OTHER, tls="prefer")
+    wait_until(lambda: _psql(names.bed, OTHER) == "served", "the daemon has asked", 12)
+
+
 def test_nothing_of_it_is_left_behind(names: NameServer) -> None:
     assert Path("/etc/resolv.conf").read_bytes() != (names.bed.directory / "resolv.conf").read_bytes()

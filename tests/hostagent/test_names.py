@@ -50,6 +50,20 @@ def test_a_name_is_asked_for_again_when_its_answer_has_lived(world: World, ttl_s
     assert world.names.due() == (NAME,)
 
 
+def test_a_refused_client_makes_the_question_come_sooner_and_not_too_often(world: World) -> None:
+    world.says = Answer((OLD,), MAX_S)
+    world.refresh()
+    world.names.hurry()
+    assert world.names.due() == ()
+    world.now_s += MIN_S
+    assert world.names.due() == (NAME,), "as soon as the last answer is old enough"
+    world.refresh()
+    world.now_s += MIN_S
+    assert world.names.due() == ()
+    world.names.hurry()
+    assert world.names.due() == (NAME,)
+
+
 def test_a_former_address_is_kept_for_a_while(world: World) -> None:
     world.says = Answer((NEW,))
     assert world.refresh() is True
