@@ -9,8 +9,10 @@
 
 Who changed a rule is told by the kernel; who removed a pin or a file is not, and the alert then says nothing about it.
 
-Blind spots: what is changed and changed back between two looks. A connection that is opened while a rule is away goes
-past the proxy; docs/operations.md says how long that can be.
+A connection that was opened while a rule was away went past the proxy: it is reset, and the alert says whose it was.
+docs/operations.md says how long rules can be away.
+
+Blind spots: what is changed and changed back between two looks; a connection past the proxy that has ended already.
 """
 
 from __future__ import annotations
@@ -129,7 +131,18 @@ class Watch:
         else:
             if changes:
                 self._alerts.alert(_told(changes), by=await self._who(culprits), done="put back")
+                await self._end_escapes()
         await self._look_at_files()
+
+    async def _end_escapes(self) -> None:
+        try:
+            escapes = await asyncio.to_thread(self._guard.end_escapes)
+        except (kernel.KernelError, OSError) as error:
+            self._alerts.alert(f"connections may have gone past the proxy, and cannot be reset: {error}")
+        else:
+            if escapes:
+                what = f"{len(escapes)} connections went past the proxy while rules were away: {_told(escapes)}"
+                self._alerts.alert(what, done="reset")
 
     async def _look_at_files(self) -> None:
         for kept in self._kept:

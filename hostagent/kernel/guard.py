@@ -25,10 +25,12 @@ from hostagent.kernel.loader import pin, require_bpffs
 from hostagent.kernel.pins import Pins
 from hostagent.kernel.ruleset import SetSizes
 from hostagent.kernel.settings import KernelError, Scope, Settings
+from hostagent.kernel.sockets import Sockets
 from proxy.model import ProcessImage
 
 _RECENT_NS = 120 * 10**9
 _WALK_MAX = 200_000
+_TOLD_MAX = 8
 
 
 class Guard:
@@ -44,6 +46,7 @@ class Guard:
         self.notified = redirect.notified()
         """Whether the kernel tells about changes of the rules."""
         self._config = bytes(self._own.config())
+        self._sockets = Sockets(settings.listen_port, settings.mark)
         self._sets, self._sets_lock = SetSizes(), threading.Lock()
         self._members: tuple[int, ...] = ()
         try:
@@ -63,6 +66,7 @@ class Guard:
         with self._lock:
             self._own.close()
             self._sets.close()
+            self._sockets.close()
             while self._held:
                 os.close(self._held.popitem()[1])
 
@@ -101,6 +105,19 @@ class Guard:
             found += self._repair_pins()
             found += self._repair_attachment()
             found += self._repair_maps()
+            return found
+
+    def end_escapes(self) -> list[str]:
+        """Resets the connections that were made past the proxy since the programs are attached, because rules or sets
+        were away; says whose they were. Those that are older stay. Raises `KernelError`, `OSError`."""
+        with self._lock:
+            found: list[str] = []
+            for bypass in self._sockets.past(self._scope) if self._held else ():
+                node = self._own.asker(bypass.source, bypass.dest)
+                if bypass.dest == self._scope.muster or not node or not self._sockets.reset(bypass):
+                    continue
+                lineage = self._own.lineage(node) or ()
+                found.append(f"{bypass} ({' > '.join(image.comm for image in lineage[-_TOLD_MAX:]) or 'not known'})")
             return found
 
     # --- what is attached ---------------------------------------------------------------------------------------------

@@ -161,6 +161,11 @@ class Pins:
             return Refused("the connecting process has no lineage: it is older than the hooks, or a table overflowed")
         return ConnectRecord(record.node, record.tgid, record.netns, record.socket, record.time_ns)
 
+    def asker(self, source: Endpoint, dest: Endpoint) -> int:
+        """The node of who connected, in the listener's network namespace, if nobody has taken the record; else 0."""
+        value = self._connects.get(abi.connect_key(source, dest, local=True))
+        return int(abi.ConnectRecord.from_buffer_copy(value).node) if value is not None else 0
+
     def sweep(self, age_s: float = STALE_S) -> list[Unclaimed]:
         """Removes the records that nobody took within `age_s`, and returns them. To be called every few seconds."""
         oldest_ns = time.monotonic_ns() - int(age_s * 1e9)

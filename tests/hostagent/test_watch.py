@@ -3,9 +3,12 @@ test's own."""
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import os
+import re
+import select
 import socket
 import subprocess
 import tempfile
@@ -31,6 +34,7 @@ targets: {shop: {protocol: postgresql, addresses: 192.0.2.10, credential: shop}}
 """
 RULE = "rules: [{name: read, agents: job, targets: shop, statements: select, decision: allow}]\n"
 HEALED_S = 3.0
+KEPT_MAX = 256
 WINDOW_S = 1.0
 """How long a rule may be away: the kernel tells about it, so it is far less on a quiet machine."""
 
@@ -106,11 +110,16 @@ def tripwire(namespace: str) -> Iterator[None]:
     with entered(namespace):
         listener = socket.create_server((TARGET, 5432), backlog=1024)
 
+    kept: collections.deque[socket.socket] = collections.deque()
+
     def serve() -> None:
         with contextlib.suppress(OSError):
             while True:
                 connection, _ = listener.accept()
-                with connection, contextlib.suppress(OSError):
+                kept.append(connection)
+                if len(kept) > KEPT_MAX:
+                    kept.popleft().close()
+                with contextlib.suppress(OSError):
                     connection.sendall(b"T")
 
     thread = threading.Thread(target=serve, daemon=True)
@@ -121,6 +130,8 @@ def tripwire(namespace: str) -> Iterator[None]:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
         thread.join(5)
+        for connection in kept:
+            connection.close()
 
 
 @pytest.fixture(scope="module")
@@ -201,6 +212,50 @@ def test_rules_come_back_and_the_alert_says_who(world: World, command: list[str]
     print(f"{' '.join(command)}: open for {window_s:.3f} s, alert after {healed - begun:.3f} s, {len(direct)} past")
     assert [outcome for outcome, at in outcomes if at > healed + 0.05]
     assert window_s < WINDOW_S + 0.5
+
+
+KEEPER = """
+# connects until somebody lets it past, and then waits for the end of that connection
+import socket, sys
+print("ready", flush=True)
+while True:
+    try:
+        sock = socket.create_connection((sys.argv[1], 5432), timeout=5)
+        sock.settimeout(0.02)
+        if sock.recv(1) == b"T":
+            break
+    except OSError:
+        pass
+print("past", flush=True)
+sock.settimeout(20)
+try:
+    print("ended" if sock.recv(1) == b"" else "data", flush=True)
+except ConnectionError:
+    print("reset", flush=True)
+"""
+
+
+def test_who_went_past_meanwhile_is_reset_and_told(world: World) -> None:
+    known = len(world.alerts())
+    process = subprocess.Popen(
+        world.gateway.inside(["/usr/bin/python3", "-I", "-S", "-c", KEEPER, TARGET]), stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    try:
+        assert process.stdout.readline() == "ready\n"
+        for _ in range(20):
+            world.tamper("sh", "-c", "iptables -t nat -F; iptables -F")
+            if select.select([process.stdout], [], [], 0.5)[0]:
+                break
+        assert process.stdout.readline() == "past\n"
+        assert process.communicate(timeout=20)[0] == "reset\n"
+    finally:
+        process.kill()
+        process.wait()
+    within(lambda: "went past the proxy" in world.alerts()[-1].what, "an alert")
+    alert = next(alert for alert in world.alerts()[known:] if "went past the proxy" in alert.what)
+    assert alert.done == "reset"
+    assert re.search(rf"192\.0\.2\.1:\d+ to {TARGET}:5432 of uid 0 \(.*python3\)", alert.what), alert.what
 
 
 @pytest.mark.parametrize("name", ["link_on_fork", "link_on_sock_ops", "procs", "program_on_exec"])
