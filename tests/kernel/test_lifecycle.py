@@ -235,6 +235,7 @@ def test_the_python_mirror_has_the_layout_that_the_kernel_has(shared: Bed) -> No
         "nodes": (None, abi.Node),
         "connects": (abi.ConnectKey, abi.ConnectRecord),
         "scope": (abi.ScopeKey, None),
+        "declared": (None, abi.Declaration),
     }
     compared = 0
     for name, pair in mirrors.items():
@@ -252,7 +253,7 @@ def test_the_python_mirror_has_the_layout_that_the_kernel_has(shared: Bed) -> No
             fields = [(member["name"], member["bits_offset"] // 8) for member in found["members"]]
             assert fields == [(field[0], getattr(mirror, field[0]).offset) for field in mirror._fields_], struct_name
             compared += 1
-    assert compared == 5
+    assert compared == 6
 
 
 def _types(path: Path) -> list[dict[str, Any]]:
