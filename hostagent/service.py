@@ -7,6 +7,7 @@ own open sessions, and only an attributed, unrefused session gets a credential. 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
@@ -47,6 +48,15 @@ class _OpenSession:
     refused: bool
 
 
+@dataclass(frozen=True, slots=True)
+class _Cancelling:
+    """A cancel request on its way: who asked, under which request, and the worker that has the session."""
+
+    worker: WorkerProcess
+    request: int
+    owner: int
+
+
 class Service:
     """`exempt(worker, source)` lets the kernel side learn which process image mustered; `no_target` is told that
     somebody who is known dialled what is no target."""
@@ -78,6 +88,8 @@ class Service:
         self._spawn = spawn
         self._no_target = no_target
         self._open: dict[str, _OpenSession] = {}
+        self._cancel_numbers = itertools.count(1)
+        self._cancelling: dict[int, _Cancelling] = {}
 
     @property
     def open_sessions(self) -> int:
@@ -106,6 +118,8 @@ class Service:
                     self._approvals.withdraw(message.approval, message.why)
             case ports.SessionClosed():
                 self._closed(worker, message)
+            case ports.CancelDone(cancel=cancel):
+                self._cancelled(worker.pid, cancel)
             case ports.Alert():
                 self._own(worker, message.session)
                 log.error("alert", session=message.session, what=message.text)
@@ -126,6 +140,8 @@ class Service:
             self._cancels.release(session)
             self._sessions.interrupt(session, f"worker died: {worker.why}")
         worker.sessions.clear()
+        for cancel in [each for each, asked in self._cancelling.items() if asked.owner == worker.pid]:
+            self._cancelled(worker.pid, cancel)
 
     # --- who is it ----------------------------------------------------------------------------------------------------
 
@@ -249,12 +265,19 @@ class Service:
         target = self._attributed(worker, request.session)
         holder = self._cancels.find(request.key)
         owner = self._find_worker(holder.worker) if holder is not None else None
-        found = holder is not None and owner is not None and holder.target == target.name
-        if found:
-            assert holder is not None
-            assert owner is not None
-            owner.channel.send(ports.CancelSession(session=holder.session))
-        worker.channel.send(ports.CancelPassed(id=request.id, found=found))
+        if holder is None or owner is None or holder.target != target.name:
+            worker.channel.send(ports.CancelPassed(id=request.id, found=False))
+            return
+        cancel = next(self._cancel_numbers)
+        self._cancelling[cancel] = _Cancelling(worker, request.id, owner.pid)
+        owner.channel.send(ports.CancelSession(session=holder.session, cancel=cancel))
+
+    def _cancelled(self, owner: int, cancel: int) -> None:
+        asked = self._cancelling.get(cancel)
+        if asked is None or asked.owner != owner:
+            raise Misconduct(f"it dealt with cancel request `{cancel}`, which it was not given")
+        del self._cancelling[cancel]
+        asked.worker.channel.send(ports.CancelPassed(id=asked.request, found=True))
 
     # --- what it waits for, and its end -------------------------------------------------------------------------------
 

@@ -105,6 +105,12 @@ class SessionClosed(msgspec.Struct, frozen=True, tag=True, tag_field="is", kw_on
     reason: str
 
 
+class CancelDone(msgspec.Struct, frozen=True, tag=True, tag_field="is", kw_only=True):
+    """The server has taken a `CancelSession`, or it could not be reached: whoever asked need not wait any longer."""
+
+    cancel: int
+
+
 class Alert(msgspec.Struct, frozen=True, tag=True, tag_field="is", kw_only=True):
     """Something the operators have to know."""
 
@@ -122,6 +128,7 @@ FromWorker = (
     | PassCancel
     | WithdrawHold
     | SessionClosed
+    | CancelDone
     | Alert
 )
 
@@ -199,9 +206,11 @@ class LoadPolicy(msgspec.Struct, frozen=True, tag=True, tag_field="is", kw_only=
 
 
 class CancelSession(msgspec.Struct, frozen=True, tag=True, tag_field="is", kw_only=True):
-    """Somebody with the right key cancelled what this session runs."""
+    """Somebody with the right key cancels what this session runs. Answered by the notice `CancelDone` with the same
+    `cancel`, once the server has taken it."""
 
     session: str
+    cancel: int
 
 
 class Begin(Reply, frozen=True, kw_only=True):
@@ -278,4 +287,5 @@ class Cancels(Protocol):
         """Raises `Unavailable` when the table is full."""
 
     async def pass_cancel(self, session: str, key: bytes) -> bool:
-        """True when a session has this key."""
+        """True when a session has this key; then its server has taken the request, so that it cannot meet a later
+        statement."""

@@ -1,8 +1,8 @@
 """Messages over a `SOCK_SEQPACKET` Unix socket with descriptors by SCM_RIGHTS: one end in a worker, one in the host
 agent.
 
-Order is kept and no message is dropped: what the socket does not take at once waits in a bounded queue; a peer that lets
-the queue overflow is treated as gone. Blind spot: it knows nothing of requests and replies.
+Order is kept and no message is dropped: what the socket does not take at once waits in a bounded queue; a peer that
+lets the queue overflow is treated as gone. Blind spot: it knows nothing of requests and replies.
 """
 
 from __future__ import annotations

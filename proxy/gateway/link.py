@@ -100,6 +100,10 @@ class HostLink(ports.Attributor, ports.Broker, ports.Approver, ports.Cancels):
         """Tells that a session's recording is complete."""
         self._channel.send(message)
 
+    def cancel_done(self, cancel: int) -> None:
+        """Tells that a `CancelSession` was dealt with."""
+        self._channel.send(ports.CancelDone(cancel=cancel))
+
     def alert(self, session: str, text: str) -> None:
         """Tells the operators."""
         self._channel.send(ports.Alert(session=session, text=text[:1000]))

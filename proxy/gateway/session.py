@@ -430,8 +430,8 @@ class Session:
             self._lose_audit(error)
         self._answer_recorded(ask, _after_hold(ruling, approval, outcome, by, why))
 
-    def cancel(self) -> None:
-        """Somebody with the right key cancels what this session runs, or waits for."""
+    async def cancel(self) -> None:
+        """Somebody with the right key cancels what this session runs, or waits for. Returns once the server knows."""
         if self._held is not None:
             if self._task is not None:
                 self._task.cancel()
@@ -440,7 +440,7 @@ class Session:
             return
         canceller = self.machine.canceller() if self.machine is not None else None
         if canceller is not None and self.target is not None:
-            self.worker.spawn(upstream.cancel(canceller, self.target, self._dialled))
+            await upstream.cancel(canceller, self.target, self._dialled)
 
     def _lose_audit(self, error: AuditUnavailable) -> None:
         self._audit_lost = str(error)

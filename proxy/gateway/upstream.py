@@ -58,8 +58,8 @@ async def secure(
 
 
 async def cancel(machine: base.Machine, target: Target, endpoint: Endpoint) -> None:
-    """Lets a `canceller` do its one errand over a connection of its own; what goes wrong is logged, the client cannot
-    be told."""
+    """Lets a `canceller` do its one errand over a connection of its own, and waits until the server closes, which it
+    does when it has done it; what goes wrong is logged, the client cannot be told."""
     inbox = _Inbox()
     transport: asyncio.Transport | None = None
     pending = list(machine.begin())
@@ -78,6 +78,8 @@ async def cancel(machine: base.Machine, target: Target, endpoint: Endpoint) -> N
                         case base.Send(data=data) if transport is not None:
                             transport.write(data)
                         case _:
+                            while transport is not None and await inbox.queue.get():
+                                pass
                             return
                 data = await inbox.queue.get()
                 pending.extend(machine.receive(base.Side.SERVER, data) if data else machine.eof(base.Side.SERVER))

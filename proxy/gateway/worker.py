@@ -112,9 +112,15 @@ class Worker:
         match message:
             case ports.LoadPolicy():
                 self._load(message, descriptors)
-            case ports.CancelSession(session=session):
-                if (held := self.sessions.get(session)) is not None:
-                    held.cancel()
+            case ports.CancelSession():
+                self.spawn(self._cancel(message))
+
+    async def _cancel(self, message: ports.CancelSession) -> None:
+        try:
+            if (session := self.sessions.get(message.session)) is not None:
+                await session.cancel()
+        finally:
+            self.link.cancel_done(message.cancel)
 
     def _load(self, message: ports.LoadPolicy, descriptors: list[int]) -> None:
         try:

@@ -272,16 +272,27 @@ def test_a_cancel_reaches_only_a_session_at_the_same_target(desk: Desk, mine: Fa
     session = desk.open(other)
     key = desk.handle(other, about("cancel key", session)).key
 
-    def cancel(dialled: Endpoint, shown: bytes) -> bool:
-        reply = desk.handle(mine, ports.PassCancel(id=1, session=desk.open(mine, dialled), key=shown))
-        assert isinstance(reply, ports.CancelPassed)
-        return reply.found
+    def cancel(dialled: Endpoint, shown: bytes) -> object:
+        return desk.handle(mine, ports.PassCancel(id=1, session=desk.open(mine, dialled), key=shown))
 
-    assert not cancel(LEDGER, key)
-    assert not cancel(SHOP, bytes(8))
+    assert cancel(LEDGER, key) == ports.CancelPassed(id=1, found=False)
+    assert cancel(SHOP, bytes(8)) == ports.CancelPassed(id=1, found=False)
     assert not any(isinstance(message, ports.CancelSession) for message in other.channel.messages)
-    assert cancel(SHOP, key)
-    assert other.channel.messages[-1] == ports.CancelSession(session=session)
+    # whoever asked is told only when the server has taken it: a late one would meet the next statement
+    assert cancel(SHOP, key) is None
+    passed = other.channel.messages[-1]
+    assert isinstance(passed, ports.CancelSession) and passed.session == session
+    with pytest.raises(Misconduct, match="cancel request"):
+        desk.handle(mine, ports.CancelDone(cancel=passed.cancel))
+    desk.handle(other, ports.CancelDone(cancel=passed.cancel))
+    assert mine.channel.messages[-1] == ports.CancelPassed(id=1, found=True)
+
+
+def test_a_cancel_is_over_when_the_worker_of_its_session_dies(desk: Desk, mine: FakeWorker, other: FakeWorker) -> None:
+    key = desk.handle(other, about("cancel key", desk.open(other))).key
+    desk.handle(mine, ports.PassCancel(id=1, session=desk.open(mine), key=key))
+    desk.service.forget(other)
+    assert mine.channel.messages[-1] == ports.CancelPassed(id=1, found=True)
 
 
 def test_what_cannot_be_recorded_opens_no_session(desk: Desk, mine: FakeWorker) -> None:

@@ -206,7 +206,7 @@ def test_rules_come_back_and_the_alert_says_who(world: World, command: list[str]
     assert alert.done == "put back"
     if "iptables" in " ".join(command):
         assert f"iptables (process {alert.by.split()[2].rstrip(',')}" in alert.by
-        assert "unattributed" in alert.by and "python" in alert.by and alert.by.endswith("> iptables")
+        assert "unattributed" in alert.by and " > " in alert.by and alert.by.endswith("> iptables")
     direct = [at for outcome, at in outcomes if outcome == "direct"]
     window_s = max(direct, default=begun) - begun
     print(f"{' '.join(command)}: open for {window_s:.3f} s, alert after {healed - begun:.3f} s, {len(direct)} past")

@@ -83,9 +83,7 @@ def main() -> int:
         shutil.chown(work, "nobody", "nogroup")
         print("demo: two hosts, a PostgreSQL with TLS and SCRAM", file=sys.stderr)
         runner, database = stack.enter_context(linked_namespaces(RUNNER, DATABASE))
-        server = stack.enter_context(
-            postgres(address=DATABASE, namespace=database, server_name="db.shop.example")
-        )
+        server = stack.enter_context(postgres(address=DATABASE, namespace=database, server_name="db.shop.example"))
         server.run_sql(f"CREATE ROLE shop_app LOGIN PASSWORD '{password}'")
         server.run_sql("CREATE DATABASE shop OWNER shop_app")
         server.run_sql(f"SET ROLE shop_app; {(EXAMPLE / 'shop.sql').read_text()}", database="shop")

@@ -51,7 +51,7 @@ class ServerLogin:
         (kind,) = struct.unpack_from(">I", body)
         rest = body[4:]
         match self._awaits, kind:
-            case ("any" | "ok"), 0:
+            case (("any" | "ok"), 0):
                 self.accepted = True
                 self._awaits = "nothing"
                 return b""

@@ -129,7 +129,13 @@ def _like(described: Described, text: bytes) -> Described:
     spelled = text.decode("ascii")
     return Described(
         Operation(
-            PROTOCOL, example.kind, example.phase, spelled, spelled, example.statements, example=example.example or example
+            PROTOCOL,
+            example.kind,
+            example.phase,
+            spelled,
+            spelled,
+            example.statements,
+            example=example.example or example,
         )
     )
 

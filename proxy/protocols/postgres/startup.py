@@ -139,4 +139,3 @@ def _split_options(options: str) -> list[tuple[str, str]]:
             raise StartupRefused(f"the option `{assignment[:MAX_SHOWN]}` has no value", "write `-c name=value`")
         settings.append((name.replace("-", "_"), value))
     return settings
-

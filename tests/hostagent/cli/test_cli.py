@@ -163,6 +163,9 @@ class Daemon:
     def __init__(self, store: Store) -> None:
         self.approvals = Approvals(store)
 
+    def check_approver(self, pid: int) -> None:
+        pass
+
     def status(self) -> dict[str, object]:
         return {"policy": "v7", "workers": 2, "targets": ["orders", "shop"], "policy_problem": "", "overflowed": False}
 
