@@ -13,6 +13,7 @@ import asyncio
 import codecs
 import contextlib
 import ctypes
+import gc
 import os
 import resource
 import signal
@@ -48,6 +49,8 @@ CERTIFICATE_SLACK_S = 3600
 POLICY_TIMEOUT_S = 30.0
 MAX_CONTEXTS = 1024
 """TLS contexts kept; any address can be dialled at a protected port."""
+GC_THRESHOLD = 50_000
+"""Net allocations between two runs of the cycle collector; sessions make few cycles, and few of them last."""
 GRACE_S = 2.0
 RESERVED_DESCRIPTORS = 64
 DESCRIPTORS_PER_SESSION = 3
@@ -231,6 +234,9 @@ def main() -> None:
         codecs.lookup(codec)
     _confine(options.parent, options.uid, options.gid)
     journal.configure(options.log_level, worker=os.getpid())
+    # what is loaded stays; what a statement makes is freed by its references, so the cycle collector may come by rarely
+    gc.freeze()
+    gc.set_threshold(GC_THRESHOLD)
     uvloop.run(_serve(options))
 
 

@@ -55,7 +55,7 @@ class AskLogin(msgspec.Struct, frozen=True):
     parameters: tuple[tuple[str, str], ...] = ()
 
 
-class AskRuling(msgspec.Struct, frozen=True):
+class AskRuling(msgspec.Struct, frozen=True, gc=False):
     """May this operation go on? Answered by `Ruling`; after a hold the session answers with the final decision."""
 
     id: int
@@ -125,7 +125,7 @@ Event = UpstreamReady | UpstreamFailed | ClientSecured
 # --- commands ---------------------------------------------------------------------------------------------------------
 
 
-class Send(msgspec.Struct, frozen=True):
+class Send(msgspec.Struct, frozen=True, gc=False):
     """Write these bytes to that side. The buffer belongs to the session from now on."""
 
     side: Side
@@ -145,7 +145,7 @@ class StartTls(msgspec.Struct, frozen=True):
     side: Side
 
 
-class Completed(msgspec.Struct, frozen=True):
+class Completed(msgspec.Struct, frozen=True, gc=False):
     """An operation ended: for the recording. `id` is that of its `AskRuling`; `tag` is the server's word for what was
     done (`SELECT 5`); `rows` counts rows sent to the client; `error` is empty, or SQLSTATE and primary message."""
 
