@@ -79,7 +79,7 @@ class Daemon:
         account(settings.worker_user)
         for directory in (settings.state_dir, settings.run_dir):
             _make(directory)
-        key = await self._prepared(mask_key, settings.state_dir)
+        key = await self._prepared(lambda: mask_key(settings.state_dir))
         self._alerts = Alerts(settings.state_dir / "alerts")
         self._names = Names(alert=self._alerts.alert)
         self.policy = ActivePolicy(settings.policy_dir, key, self._names)
@@ -90,13 +90,13 @@ class Daemon:
             # closed: with no policy everything is denied, which is what the rules below make true
             log.error("starting with no policy: everything is denied", problems=str(error).splitlines())
         self._mask_key = key
-        authority = await self._prepared(open_authority, settings.state_dir)
-        self._store = await self._prepared(Store.create, settings.store_path)
+        authority = await self._prepared(lambda: open_authority(settings.state_dir))
+        self._store = await self._prepared(lambda: Store.create(settings.store_path))
         self._sessions = Sessions(self._store, settings.recordings_dir, host=socket.gethostname())
-        for row in self._sessions.recover():
+        for row in await self._prepared(self._sessions.recover):
             log.warning("session was interrupted", session=row.id, operations=row.operations)
         self.approvals = Approvals(self._store)
-        self.approvals.recover()
+        await self._prepared(self.approvals.recover)
 
         listener = _listening_socket(settings.listen_port)
         control = ControlServer(settings.control_socket, self)
@@ -277,11 +277,11 @@ class Daemon:
     def _scope(self) -> kernel.Scope:
         return _scope_of(self.policy, self._muster)
 
-    async def _prepared(self, make: Callable[[Path], T], path: Path) -> T:
-        """Something that the host agent keeps on disk. Without it nothing could be served or recorded, so the gate is
-        closed before this start is given up. Raises `OperatorError`."""
+    async def _prepared(self, make: Callable[[], T]) -> T:
+        """What the host agent keeps on disk, opened or brought up to date. Without it nothing could be recorded: the
+        gate is closed before this start is given up. Raises `OperatorError`."""
         try:
-            return make(path)
+            return make()
         except OperatorError as error:
             log.error("cannot serve: connections to what is protected are refused", why=str(error))
             policy = ActivePolicy(self.settings.policy_dir, bytes(32))

@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from hostagent.control.store import Store
 from tests.e2e import beds
 from tests.e2e.beds import DATABASE, JOB, PASSWORD, Bed, target
 from tests.lab.cgroups import cgroup
@@ -408,6 +410,30 @@ def test_a_start_that_fails_on_what_it_keeps_leaves_the_gate_closed(world: Bed, 
             made.start()
         said = made.log().splitlines()[-1]
         assert "certificate authority" in said
+        done = made.run(["psql", "-X", "-w", "-c", "SELECT 1", f"host={DATABASE} dbname=shop user=shop_app"])
+        assert done.returncode == 2
+        assert "Connection refused" in done.stderr
+
+
+def test_an_index_that_cannot_be_brought_up_to_date_leaves_the_gate_closed(world: Bed, tmp_path: Path) -> None:
+    with (
+        cgroup("badstart") as hooked,
+        gateway(tmp_path / "gateway", namespace=world.database, cgroup=hooked, settings={"workers": 1}) as made,
+    ):
+        made.state_dir.mkdir(parents=True)
+        store = Store.create(made.state_dir / "control.sqlite")
+        store.close()
+        with sqlite3.connect(made.state_dir / "control.sqlite") as index:
+            # sessions cannot be recovered from an index that refuses to be changed, as on a full disk
+            index.execute("CREATE TRIGGER full BEFORE UPDATE ON approvals BEGIN SELECT RAISE(ABORT, 'full'); END")
+            index.execute(
+                "INSERT INTO approvals (id, session, operation, hop, rule, preview, asked_us, deadline_us, decided_us,"
+                " outcome, \"by\", reason) VALUES ('H-222222', 's', 1, 'a', 'r', '', 1, 2, 0, 'pending', '', '')"
+            )
+        index.close()
+        with pytest.raises(GatewayError):
+            made.start()
+        assert "control.sqlite" in made.log().splitlines()[-1]
         done = made.run(["psql", "-X", "-w", "-c", "SELECT 1", f"host={DATABASE} dbname=shop user=shop_app"])
         assert done.returncode == 2
         assert "Connection refused" in done.stderr

@@ -167,7 +167,6 @@ def _forget(name: str) -> None:
                     below.rmdir()
 
 
-@pytest.mark.skipif(shutil.which("runc") is None, reason="runc is not installed")
 def test_an_agent_in_a_container_of_runc_is_known_by_its_file(hosts: Hosts) -> None:
     """Its mount, pid, uts and ipc namespaces are its own, and so is its root file system."""
     bed = hosts.bed
