@@ -111,6 +111,14 @@ class CancelDone(msgspec.Struct, frozen=True, tag=True, tag_field="is", kw_only=
     cancel: int
 
 
+class TargetVisited(msgspec.Struct, frozen=True, tag=True, tag_field="is", kw_only=True):
+    """What came of a `VisitTarget`, in words for the operator."""
+
+    visit: int
+    reached: bool
+    what: str
+
+
 class Alert(msgspec.Struct, frozen=True, tag=True, tag_field="is", kw_only=True):
     """Something the operators have to know."""
 
@@ -129,6 +137,7 @@ FromWorker = (
     | WithdrawHold
     | SessionClosed
     | CancelDone
+    | TargetVisited
     | Alert
 )
 
@@ -213,6 +222,15 @@ class CancelSession(msgspec.Struct, frozen=True, tag=True, tag_field="is", kw_on
     cancel: int
 
 
+class VisitTarget(msgspec.Struct, frozen=True, tag=True, tag_field="is", kw_only=True):
+    """An operator asks whether this target can be reached at this endpoint. Answered by the notice `TargetVisited` with
+    the same `visit`."""
+
+    visit: int
+    target: str
+    endpoint: Endpoint
+
+
 class Begin(Reply, frozen=True, kw_only=True):
     """The worker's own connections are exempt from the redirect from now on: accept."""
 
@@ -227,11 +245,12 @@ ToWorker = (
     | Refused
     | LoadPolicy
     | CancelSession
+    | VisitTarget
     | Begin
 )
 
 
-Push = LoadPolicy | CancelSession
+Push = LoadPolicy | CancelSession | VisitTarget
 """What comes to a worker without having been asked for."""
 
 

@@ -104,6 +104,10 @@ class HostLink(ports.Attributor, ports.Broker, ports.Approver, ports.Cancels):
         """Tells that a `CancelSession` was dealt with."""
         self._channel.send(ports.CancelDone(cancel=cancel))
 
+    def visited(self, visit: int, reached: bool, what: str) -> None:
+        """Tells what came of a `VisitTarget`."""
+        self._channel.send(ports.TargetVisited(visit=visit, reached=reached, what=what[:1000]))
+
     def alert(self, session: str, text: str) -> None:
         """Tells the operators."""
         self._channel.send(ports.Alert(session=session, text=text[:1000]))

@@ -44,6 +44,12 @@ LOGIN_TIMEOUT_S = 60.0
 """From accept to the end of the login, like the server's own `authentication_timeout`."""
 FLUSH_TIMEOUT_S = 10.0
 """How long a closed session may take to deliver its last bytes."""
+MESSAGE_TIMEOUT_S = 60.0
+"""How long a client may take to end a message that it has begun."""
+CREDENTIAL_FRESH_S = 30.0
+"""How long a credential that is sent with every operation is used before it is asked for anew."""
+PREVIEW_TIMEOUT_S = 10.0
+"""How long a target may take to tell what would come of an operation that a human is about to be asked about."""
 FLUSH_DELAY_S = 0.01
 """How long the record of what an operation came to may wait for company."""
 # looked up once: members of an enum cost as much as a function call
@@ -123,6 +129,10 @@ class Session:
         self._task: asyncio.Task[None] | None = None
         self._held: tuple[base.AskRuling, Ruling] | None = None
         self._deadline: asyncio.TimerHandle | None = None
+        self._unended: asyncio.TimerHandle | None = None
+        self._preview: asyncio.Future[str] | None = None
+        self._secret = ports.Secret(id=0, user="", password="")
+        self._secret_until = 0.0
         self._audit_lost = ""
         self._backlog = 0
         self._commands: deque[base.Command] = deque()
@@ -182,6 +192,7 @@ class Session:
             self._close(f"no protocol for {self._dialled}: {attributed.refusal or 'refused'}")
             return
         self.machine = factory(offer_tls=self.worker.offer_tls, refusal=refusal)
+        self._carry_out(self.machine.begin())
         self._resume(Side.CLIENT, "opening")
         self._take_early(Side.CLIENT)
 
@@ -199,6 +210,7 @@ class Session:
             offer_tls=self.worker.offer_tls and target is not None,
             refusal=base.Refusal(f"no connection to {self._dialled}: {why}", why.hint or HINT_AUDIT),
         )
+        self._carry_out(self.machine.begin())
         self._resume(Side.CLIENT, "opening")
         self._take_early(Side.CLIENT)
 
@@ -227,10 +239,22 @@ class Session:
         except base.PeerViolation as violation:
             self._violated(violation)
             return
+        if side is _CLIENT and machine.incomplete is not (self._unended is not None):
+            self._watch_message(machine.incomplete)
         if side is _CLIENT and machine.unanswered:
             self._backlog += len(data)
             if self._backlog > BACKLOG:
                 self._pause(Side.CLIENT, "backlog")
+
+    def _watch_message(self, begun: bool) -> None:
+        if self._unended is not None:
+            self._unended.cancel()
+            self._unended = None
+        if begun and not self._closing:
+            self._unended = asyncio.get_running_loop().call_later(MESSAGE_TIMEOUT_S, self._message_expired)
+
+    def _message_expired(self) -> None:
+        self.farewell("a message was begun and not ended", f"it has to be whole in {MESSAGE_TIMEOUT_S:g} s")
 
     def ended(self, side: Side) -> None:
         """One side will send no more."""
@@ -304,13 +328,20 @@ class Session:
                 self._start(self._log_in(command))
             case base.AskCancel():
                 self._start(self._pass_cancel(command))
+            case base.AskCredential():
+                self._show_credential(command)
+            case base.Preview():
+                if self._preview is not None and not self._preview.done():
+                    self._preview.set_result(command.text)
+            case base.Observed():
+                self._observe(command)
             case base.Connect():
                 self._start(self._connect())
-            case base.StartTls(side):
+            case base.StartTls(side, alpn):
                 # the client's first bytes of TLS are not for us, and come as soon as it is told to go on
                 self._pause(side, "tls")
                 self._securing = side
-                self._start(self._secure_client() if side is Side.CLIENT else self._secure_server())
+                self._start(self._secure_client(alpn) if side is Side.CLIENT else self._secure_server(alpn))
             case base.Authenticated():
                 self._logged_in()
             case base.Learned(derived):
@@ -330,6 +361,17 @@ class Session:
         if not self._flushing:
             self._flushing = True
             asyncio.get_running_loop().call_later(FLUSH_DELAY_S, self._flush)
+
+    def _observe(self, seen: base.Observed) -> None:
+        """What goes through an operation is recorded first; what cannot be, goes nowhere."""
+        if self.recording is None or self._closing:
+            return
+        try:
+            self.recording.observed(seen.id, seen.channel, seen.data)
+        except AuditUnavailable as error:
+            self._lose_audit(error)
+            self._commands.clear()
+            self.farewell(f"it cannot be recorded: {error}", HINT_AUDIT)
 
     def _flush(self) -> None:
         self._flushing = False
@@ -392,6 +434,7 @@ class Session:
         approval = ports.new_approval_id(secrets.randbelow)
         holding = [reason for reason in ruling.reasons if reason.decision is Decision.HOLD]
         self._held = (ask, ruling)
+        preview = await self._look_ahead(ask)
         try:
             self.recording.held(ask.id, ask.operation, ruling, approval)
             decided = await self.worker.link.hold(
@@ -400,7 +443,7 @@ class Session:
                 operation=ask.id,
                 hop=", ".join(reason.hop for reason in holding),
                 rule=", ".join(dict.fromkeys(reason.rule for reason in holding)),
-                preview=ask.operation.recorded_text,
+                preview=preview,
                 timeout_s=ruling.hold_timeout_s,
                 asked=lambda: self._tell_held(approval, ruling),
             )
@@ -411,6 +454,20 @@ class Session:
         except ports.Unavailable as error:
             outcome, by, why = "denied", "hopgate", str(error)
         self._decided(approval, outcome, by, why)
+
+    async def _look_ahead(self, ask: base.AskRuling) -> str:
+        """What the human gets to see of what is held."""
+        assert self.machine is not None
+        preview: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._preview = preview
+        self._carry_out(self.machine.preview(ask))
+        try:
+            async with asyncio.timeout(PREVIEW_TIMEOUT_S):
+                return await preview
+        except TimeoutError:
+            return f"{ask.operation.recorded_text}\n(what would come of it was not told in {PREVIEW_TIMEOUT_S:g} s)"
+        finally:
+            self._preview = None
 
     def _tell_held(self, approval: str, ruling: Ruling) -> None:
         if self.machine is not None and not self._closing:
@@ -474,8 +531,8 @@ class Session:
         self.database = ask.database
         self.judge = policy.bind(self.chain.principals, self.target, ask.database)
         try:
-            secret = await self.worker.link.secret(self.id)
-            cancel_key = await self.worker.link.cancel_key(self.id)
+            secret = await self._fetch_secret()
+            cancel_key = await self.worker.link.cancel_key(self.id) if ask.cancellable else b""
         except ports.Unavailable as error:
             self._note(f"login refused: {error}")
             self._answer(ask, base.Refusal(str(error), error.hint))
@@ -490,8 +547,30 @@ class Session:
                 nonce=secrets.token_urlsafe(24),
                 cancel_key=cancel_key,
                 masks=self.judge.masks,
+                field_masks=self.judge.field_masks,
             ),
         )
+
+    async def _fetch_secret(self) -> ports.Secret:
+        """Raises `ports.Unavailable`."""
+        self._secret = await self.worker.link.secret(self.id)
+        self._secret_until = asyncio.get_running_loop().time() + CREDENTIAL_FRESH_S
+        return self._secret
+
+    def _show_credential(self, ask: base.AskCredential) -> None:
+        if asyncio.get_running_loop().time() < self._secret_until:
+            self._answer(ask, base.Credential(self._secret.password))
+        else:
+            self._start(self._renew_credential(ask))
+
+    async def _renew_credential(self, ask: base.AskCredential) -> None:
+        try:
+            secret = await self._fetch_secret()
+        except ports.Unavailable as error:
+            self._note(f"credential refused: {error}")
+            self._answer(ask, base.Refusal(str(error), error.hint))
+            return
+        self._answer(ask, base.Credential(secret.password))
 
     def _logged_in(self) -> None:
         self._reaching = False
@@ -518,13 +597,13 @@ class Session:
             return
         self._notify(base.UpstreamReady())
 
-    async def _secure_server(self) -> None:
+    async def _secure_server(self, alpn: tuple[str, ...]) -> None:
         assert self.target is not None
         assert self.server is not None
         assert self.server.transport is not None
         try:
             self.server.transport, binding = await upstream.secure(
-                self.target, self._dialled, self.server.transport, self.server
+                self.target, self._dialled, self.server.transport, self.server, alpn
             )
         except upstream.UpstreamError as error:
             self._fail_upstream(error)
@@ -538,11 +617,11 @@ class Session:
         self._note(str(error))
         self._notify(base.UpstreamFailed(str(error)))
 
-    async def _secure_client(self) -> None:
+    async def _secure_client(self, alpn: tuple[str, ...]) -> None:
         assert self.client.transport is not None
         try:
             name = self.target.name if self.target is not None else self._dialled.address
-            context = await self.worker.serving_context(self.id, name, self._dialled)
+            context = await self.worker.serving_context(self.id, name, self._dialled, alpn)
             async with asyncio.timeout(upstream.HANDSHAKE_TIMEOUT_S):
                 secured = await asyncio.get_running_loop().start_tls(
                     self.client.transport, self.client, context, server_side=True
@@ -615,8 +694,9 @@ class Session:
         self._reason = reason
         if self._reaching and self.target is not None:
             log.error("login failed", session=self.id, target=self.target.name, why=reason)
-        if self._deadline is not None:
-            self._deadline.cancel()
+        for timer in (self._deadline, self._unended):
+            if timer is not None:
+                timer.cancel()
         if self._task is not None and self._task is not asyncio.current_task():
             self._task.cancel()
         if self._held is not None:

@@ -15,23 +15,28 @@ from cryptography.hazmat.primitives import hashes
 from proxy.model import Target, TlsMode
 
 
-def server_context(descriptor: int) -> ssl.SSLContext:
-    """A context that serves the key and chain in this descriptor (PEM). Closes the descriptor."""
+def server_context(descriptor: int, alpn: tuple[str, ...] = ()) -> ssl.SSLContext:
+    """A context that serves the key and chain in this descriptor (PEM), and speaks these protocols (RFC 7301). Closes
+    the descriptor."""
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.load_cert_chain(f"/proc/self/fd/{descriptor}")
+        if alpn:
+            context.set_alpn_protocols(list(alpn))
     finally:
         os.close(descriptor)
     return context
 
 
-def client_context(target: Target) -> ssl.SSLContext:
-    """A context that checks the target's certificate as far as its `sslmode` asks.
+def client_context(target: Target, alpn: tuple[str, ...] = ()) -> ssl.SSLContext:
+    """A context that checks the target's certificate as far as its `sslmode` asks, and offers these protocols.
 
     Raises `ssl.SSLError` when `ca_pem` holds no certificate."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if alpn:
+        context.set_alpn_protocols(list(alpn))
     match target.tls_mode:
         case TlsMode.VERIFY_FULL:
             context.check_hostname = True

@@ -17,6 +17,8 @@ log = structlog.get_logger()
 
 CONNECT_TIMEOUT_S = 10.0
 HANDSHAKE_TIMEOUT_S = 10.0
+VISIT_TIMEOUT_S = 5.0
+"""How long a target may take in all to show that it is there."""
 
 
 class UpstreamError(Exception):
@@ -40,13 +42,17 @@ async def dial(target: Target, endpoint: Endpoint, protocol: asyncio.Protocol) -
 
 
 async def secure(
-    target: Target, endpoint: Endpoint, transport: asyncio.Transport, protocol: asyncio.Protocol
+    target: Target,
+    endpoint: Endpoint,
+    transport: asyncio.Transport,
+    protocol: asyncio.Protocol,
+    alpn: tuple[str, ...] = (),
 ) -> tuple[asyncio.Transport, bytes]:
     """Does the TLS handshake as a client; returns the new transport and the channel binding. Raises `UpstreamError`."""
     try:
         async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
             secured = await asyncio.get_running_loop().start_tls(
-                transport, protocol, _context(target), server_hostname=target.server_name or endpoint.address
+                transport, protocol, _context(target, alpn), server_hostname=target.server_name or endpoint.address
             )
     except (OSError, ssl.SSLError, ValueError) as error:
         transport.abort()
@@ -61,39 +67,68 @@ async def cancel(machine: base.Machine, target: Target, endpoint: Endpoint) -> N
     """Lets a `canceller` do its one errand over a connection of its own, and waits until the server closes, which it
     does when it has done it; what goes wrong is logged, the client cannot be told."""
     inbox = _Inbox()
-    transport: asyncio.Transport | None = None
-    pending = list(machine.begin())
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S + HANDSHAKE_TIMEOUT_S):
-            while True:
-                while pending:
-                    command = pending.pop(0)
-                    match command:
-                        case base.Connect():
-                            transport = await dial(target, endpoint, inbox)
-                            pending.extend(machine.notify(base.UpstreamReady()))
-                        case base.StartTls() if transport is not None:
-                            transport, binding = await secure(target, endpoint, transport, inbox)
-                            pending.extend(machine.notify(base.UpstreamReady(binding)))
-                        case base.Send(data=data) if transport is not None:
-                            transport.write(data)
-                        case _:
-                            while transport is not None and await inbox.queue.get():
-                                pass
-                            return
-                data = await inbox.queue.get()
-                pending.extend(machine.receive(base.Side.SERVER, data) if data else machine.eof(base.Side.SERVER))
+            await _errand(machine, target, endpoint, inbox)
+            while inbox.transport is not None and await inbox.queue.get():
+                pass
     except (OSError, UpstreamError, base.PeerViolation) as error:
         log.warning("cancel request failed", target=target.name, why=str(error))
     finally:
-        if transport is not None:
-            transport.close()
+        inbox.close()
+
+
+async def visit(make: base.Visit | None, target: Target, endpoint: Endpoint) -> str:
+    """Tries whether a login could begin, without one; says how far it went. Raises `UpstreamError`."""
+    inbox = _Inbox()
+    try:
+        async with asyncio.timeout(VISIT_TIMEOUT_S):
+            if make is None:
+                inbox.transport = await dial(target, endpoint, inbox)
+                return "it takes connections; more cannot be told without a login"
+            refusal = await _errand(make(target), target, endpoint, inbox)
+    except TimeoutError as error:
+        raise UpstreamError(f"target `{target.name}` at {endpoint} did not answer in {VISIT_TIMEOUT_S:g} s") from error
+    except (OSError, base.PeerViolation) as error:
+        raise UpstreamError(f"target `{target.name}` at {endpoint}: {error}") from error
+    finally:
+        inbox.close()
+    if refusal:
+        raise UpstreamError(f"target `{target.name}` at {endpoint}: {refusal}")
+    if inbox.transport is None or inbox.transport.get_extra_info("ssl_object") is None:
+        return "it takes connections, without TLS"
+    return f"it takes connections; its TLS is as `{target.tls_mode}` wants it"
+
+
+async def _errand(machine: base.Machine, target: Target, endpoint: Endpoint, inbox: _Inbox) -> str:
+    """Does what a machine that speaks to the server alone wants done; the reason of its `Close`. Raises `OSError`,
+    `UpstreamError` and `base.PeerViolation`."""
+    pending = list(machine.begin())
+    while True:
+        while pending:
+            command = pending.pop(0)
+            match command:
+                case base.Connect():
+                    inbox.transport = await dial(target, endpoint, inbox)
+                    pending.extend(machine.notify(base.UpstreamReady()))
+                case base.StartTls() if inbox.transport is not None:
+                    inbox.transport, binding = await secure(target, endpoint, inbox.transport, inbox)
+                    pending.extend(machine.notify(base.UpstreamReady(binding)))
+                case base.Send(data=data) if inbox.transport is not None:
+                    inbox.transport.write(data)
+                case base.Close(reason=reason):
+                    return reason
+                case _:
+                    raise UpstreamError(f"target `{target.name}`: an errand cannot `{type(command).__name__}`")
+        data = await inbox.queue.get()
+        pending.extend(machine.receive(base.Side.SERVER, data) if data else machine.eof(base.Side.SERVER))
 
 
 class _Inbox(asyncio.Protocol):
     """Bytes of the server, and empty bytes for its end."""
 
     def __init__(self) -> None:
+        self.transport: asyncio.Transport | None = None
         self.queue: asyncio.Queue[bytes] = asyncio.Queue()
 
     def data_received(self, data: bytes) -> None:
@@ -101,3 +136,7 @@ class _Inbox(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.queue.put_nowait(b"")
+
+    def close(self) -> None:
+        if self.transport is not None:
+            self.transport.close()

@@ -29,7 +29,7 @@ import structlog
 import uvloop
 
 from proxy import journal, ports
-from proxy.gateway import listener, tls
+from proxy.gateway import listener, tls, upstream
 from proxy.gateway.link import HostLink
 from proxy.gateway.session import Session
 from proxy.model import Endpoint, Target
@@ -76,7 +76,7 @@ class Worker:
         self.policy: CompiledPolicy
         self.targets: dict[str, Target] = {}
         self._tasks = tasks
-        self._contexts: dict[tuple[str, str], tuple[float, ssl.SSLContext]] = {}
+        self._contexts: dict[tuple[str, str, tuple[str, ...]], tuple[float, ssl.SSLContext]] = {}
 
     @property
     def full(self) -> bool:
@@ -97,14 +97,16 @@ class Worker:
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return self._tasks.create_task(work)
 
-    async def serving_context(self, session: str, name: str, dialled: Endpoint) -> ssl.SSLContext:
+    async def serving_context(
+        self, session: str, name: str, dialled: Endpoint, alpn: tuple[str, ...]
+    ) -> ssl.SSLContext:
         """The TLS context that stands, towards the client, for what the session dialled: `name` is the target's name or
-        the bare address. Raises `ports.Unavailable`."""
-        key = (name, dialled.address)
+        the bare address; `alpn` are the protocols it accepts. Raises `ports.Unavailable`."""
+        key = (name, dialled.address, alpn)
         not_after, context = self._contexts.get(key, (0.0, None))
         if context is None or not_after < time.time() + CERTIFICATE_SLACK_S:
             certificate, descriptor = await self.link.certificate(session, dialled)
-            context = tls.server_context(descriptor)
+            context = tls.server_context(descriptor, alpn)
             if len(self._contexts) >= MAX_CONTEXTS:
                 self._contexts.clear()
             self._contexts[key] = (certificate.not_after_s, context)
@@ -117,6 +119,8 @@ class Worker:
                 self._load(message, descriptors)
             case ports.CancelSession():
                 self.spawn(self._cancel(message))
+            case ports.VisitTarget():
+                self.spawn(self._visit(message))
 
     async def _cancel(self, message: ports.CancelSession) -> None:
         try:
@@ -124,6 +128,17 @@ class Worker:
                 await session.cancel()
         finally:
             self.link.cancel_done(message.cancel)
+
+    async def _visit(self, message: ports.VisitTarget) -> None:
+        reached, what = False, f"target `{message.target}` is not in the worker's policy"
+        try:
+            if (target := self.targets.get(message.target)) is not None:
+                what = await upstream.visit(registry.visit(target.protocol), target, message.endpoint)
+                reached = True
+        except upstream.UpstreamError as error:
+            what = str(error)
+        finally:
+            self.link.visited(message.visit, reached, what)
 
     def _load(self, message: ports.LoadPolicy, descriptors: list[int]) -> None:
         try:

@@ -1,8 +1,8 @@
 """Frozen values that every other part of the proxy speaks in. No behaviour beyond what a value can say of itself."""
 
 from proxy.model.lineage import UNATTRIBUTED, Chain, Hop, ProcessImage
-from proxy.model.masks import ColumnMask, Masker
-from proxy.model.operation import Operation, OperationKind, Phase, Relation, StatementFacts
+from proxy.model.masks import ColumnMask, FieldMask, Masker
+from proxy.model.operation import Operation, OperationKind, Phase, Relation, RequestFacts, StatementFacts
 from proxy.model.ruling import Decision, Reason, Ruling
 from proxy.model.target import Endpoint, Prefix, Target, TlsMode
 
@@ -12,6 +12,7 @@ __all__ = [
     "ColumnMask",
     "Decision",
     "Endpoint",
+    "FieldMask",
     "Hop",
     "Masker",
     "Operation",
@@ -21,6 +22,7 @@ __all__ = [
     "ProcessImage",
     "Reason",
     "Relation",
+    "RequestFacts",
     "Ruling",
     "StatementFacts",
     "Target",

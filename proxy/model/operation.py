@@ -7,12 +7,15 @@ from dataclasses import dataclass
 
 
 class OperationKind(enum.StrEnum):
-    """How the operation arrived (PostgreSQL: a simple Query, a Parse, an Execute, a FunctionCall)."""
+    """How the operation arrived (PostgreSQL: a simple Query, a Parse, an Execute, a FunctionCall; Kubernetes: a
+    request, or a connection that a client opens inside a port-forward)."""
 
     QUERY = "query"
     PARSE = "parse"
     EXECUTE = "execute"
     FUNCTION_CALL = "function-call"
+    REQUEST = "request"
+    FORWARD = "forward"
 
 
 class Phase(enum.StrEnum):
@@ -73,15 +76,66 @@ class StatementFacts:
         return (self, *(part for inner in self.also for part in inner.parts))
 
 
+@dataclass(frozen=True, slots=True)
+class RequestFacts:
+    """What one request to a Kubernetes API server is, as the server's own RequestInfo tells it.
+
+    `verb` is RBAC's: `get`, `list`, `watch`, `create`, `update`, `patch`, `delete`, `deletecollection`; `impersonate`
+    for each identity that the request asks to act as; for `exec`, `attach`, `portforward` and `proxy` always `create`,
+    whatever the HTTP method; for a path that is no resource the HTTP method in lower case. `resource` is empty for such
+    a path. `group` is empty for the core group. `namespace` is empty for what is cluster-scoped, or asked over all
+    namespaces; `name` for what names no single object. `label_selector`
+    and `field_selector` are as sent, `dry_run` says that nothing is to be stored.
+
+    `command` is what `exec` is to run (empty elsewhere), `ports` what a port-forward is to reach inside the pod.
+    `body` is the decoded object that is sent, or for a patch the patch, and None where there is none; `patch` names its
+    kind (`json`, `merge`, `strategic`, `apply`), and is empty for what is no patch. `opaque` names, in words for
+    people, what could show or change something that nothing here tells; empty when there is nothing.
+    """
+
+    verb: str
+    path: str
+    resource: str = ""
+    group: str = ""
+    version: str = ""
+    subresource: str = ""
+    namespace: str = ""
+    name: str = ""
+    label_selector: str = ""
+    field_selector: str = ""
+    dry_run: bool = False
+    command: tuple[str, ...] = ()
+    ports: tuple[int, ...] = ()
+    body: object = None
+    patch: str = ""
+    opaque: tuple[str, ...] = ()
+
+    @property
+    def target(self) -> str:
+        """The resource as kubectl spells it: `pods`, `deployments.apps`, `pods/exec`; a path as it is."""
+        if not self.resource:
+            return self.path
+        whole = f"{self.resource}.{self.group}" if self.group else self.resource
+        return f"{whole}/{self.subresource}" if self.subresource else whole
+
+    @property
+    def kind(self) -> str:
+        """For people and recordings: `delete deployments.apps`."""
+        return f"{self.verb} {self.target}"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Operation:
     """One operation, described once and shared by all its executions: equality is identity, so it can key a cache.
 
-    `text` is what a person would call it (the SQL); `recorded_text` is what may be written down, with secrets taken
-    out. `statements` is empty for an empty string. `unclassified` says why the operation could not be classified, and
+    `text` is what a person would call it (the SQL; `delete deployments.apps/web in shop`); `recorded_text` is what may
+    be written down, with secrets taken out. `statements` is what it consists of, empty for an empty
+    string; for a protocol of requests it is empty, and `requests` is the request itself, first, and the identities that
+    it asks to act as. `unclassified` says why the operation could not be classified, and
     is empty when it could: what could not be classified is denied; `ungrammatical` says that the
     language's own grammar refused it, which the target would do too. `example` is another operation that differs in its
-    texts only, by constants of which no fact depends: what is ruled on one is ruled on both.
+    texts only, by constants of which no fact depends: what is ruled on one is ruled on both. `once` says that it will
+    not be asked about again, so that nothing is kept of it.
     """
 
     protocol: str
@@ -93,3 +147,10 @@ class Operation:
     unclassified: str = ""
     ungrammatical: bool = False
     example: Operation | None = None
+    once: bool = False
+    requests: tuple[RequestFacts, ...] = ()
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What it consists of, in the words that recordings use."""
+        return (*(part.kind for part in self.statements), *(part.kind for part in self.requests))

@@ -37,7 +37,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import product
 
-from proxy.model import ColumnMask, Decision, Operation, Phase, Reason, Relation, Ruling, StatementFacts
+from proxy.model import ColumnMask, Decision, FieldMask, Operation, Phase, Reason, Relation, Ruling, StatementFacts
 from proxy.policy import catalog, housekeeping, vocabulary
 from proxy.policy.document import DEFAULT_HOLD_S, Mask
 from proxy.policy.names import FunctionPattern, RelationPattern, split_function
@@ -149,7 +149,17 @@ class Judge:
 
     `masks` are all that hold, for each column the strictest; `mask_signature` changes exactly when they do."""
 
-    __slots__ = ("_cache", "_derived", "_hops", "_siblings", "_target", "_version", "mask_signature", "masks")
+    __slots__ = (
+        "_cache",
+        "_derived",
+        "_hops",
+        "_siblings",
+        "_target",
+        "_version",
+        "field_masks",
+        "mask_signature",
+        "masks",
+    )
 
     def __init__(
         self,
@@ -166,6 +176,7 @@ class Judge:
         self._cache: dict[Operation, Ruling] = {}
         self._siblings: dict[frozenset[tuple[str, str]], Judge] = {}
         self.masks = masks
+        self.field_masks: tuple[FieldMask, ...] = ()
         self.mask_signature = tuple((mask.schema, mask.relation, mask.column, mask.label) for mask in masks)
 
     def with_derived(self, derived: Iterable[tuple[str, str]]) -> Judge:
@@ -181,6 +192,8 @@ class Judge:
 
     def decide(self, operation: Operation) -> Ruling:
         """The met ruling. Equal operations are ruled once, and so are those with the same example; pure."""
+        if operation.once:
+            return self._rule(operation)
         operation = operation.example or operation
         ruling = self._cache.get(operation)
         if ruling is None:

@@ -23,7 +23,7 @@ from typing import Protocol
 
 import msgspec
 
-from proxy.model import ColumnMask, Operation, Ruling, Target
+from proxy.model import ColumnMask, FieldMask, Operation, Ruling, Target
 
 Buffer = bytes | bytearray | memoryview
 
@@ -47,12 +47,14 @@ class PeerViolation(Exception):
 class AskLogin(msgspec.Struct, frozen=True):
     """The client said which database and role it wants. Answered by `Login` or `Refusal`.
 
-    `parameters` are the other start-up parameters, for the recording.
+    `parameters` are the other start-up parameters, for the recording. `cancellable` says that the client is to get a
+    cancel key. A protocol without a login of its own asks with empty names.
     """
 
     user: str
     database: str
     parameters: tuple[tuple[str, str], ...] = ()
+    cancellable: bool = True
 
 
 class AskRuling(msgspec.Struct, frozen=True, gc=False):
@@ -62,6 +64,13 @@ class AskRuling(msgspec.Struct, frozen=True, gc=False):
     operation: Operation
 
 
+class AskCredential(msgspec.Struct, frozen=True):
+    """What shows the server who asks, for a protocol that sends it with every operation: asked anew each time, since it
+    may be rotated at any time. Answered by `Credential` or `Refusal`. `id` is that of the operation's `AskRuling`."""
+
+    id: int
+
+
 class AskCancel(msgspec.Struct, frozen=True):
     """A cancel request with the key that the client was given. Answered by `Cancelled` once it was passed on (or
     not)."""
@@ -69,14 +78,14 @@ class AskCancel(msgspec.Struct, frozen=True):
     key: bytes
 
 
-Ask = AskLogin | AskRuling | AskCancel
+Ask = AskLogin | AskRuling | AskCredential | AskCancel
 
 
 class Login(msgspec.Struct, frozen=True):
     """Go ahead: log in to `target` as `user` with `password`.
 
-    `nonce` is fresh randomness for SCRAM; `cancel_key` is the synthetic key the client gets; `masks` are all masks that
-    hold for this session.
+    `nonce` is fresh randomness for SCRAM; `cancel_key` is the synthetic key the client gets, empty where none was
+    wanted; `masks` and `field_masks` are all masks that hold for this session.
     """
 
     target: Target
@@ -86,13 +95,23 @@ class Login(msgspec.Struct, frozen=True):
     nonce: str
     cancel_key: bytes
     masks: tuple[ColumnMask, ...] = ()
+    field_masks: tuple[FieldMask, ...] = ()
 
     def __repr__(self) -> str:
         return f"Login(target={self.target.name!r}, user={self.user!r}, password=<redacted>)"
 
 
+class Credential(msgspec.Struct, frozen=True):
+    """A bearer token; empty where the gateway's TLS certificate towards the server says who it is."""
+
+    token: str
+
+    def __repr__(self) -> str:
+        return "Credential(token=<redacted>)"
+
+
 class Refusal(msgspec.Struct, frozen=True):
-    """No login. The text is for the client."""
+    """No login, or no credential. The text is for the client."""
 
     message: str
     hint: str = ""
@@ -119,7 +138,7 @@ class ClientSecured(msgspec.Struct, frozen=True):
     """The TLS handshake that `StartTls(CLIENT)` asked for is done."""
 
 
-Reply = Login | Refusal | Ruling | Cancelled
+Reply = Login | Credential | Refusal | Ruling | Cancelled
 Event = UpstreamReady | UpstreamFailed | ClientSecured
 
 # --- commands ---------------------------------------------------------------------------------------------------------
@@ -140,9 +159,11 @@ class StartTls(msgspec.Struct, frozen=True):
     """Do the TLS handshake on that side, as server towards the CLIENT and as client towards the SERVER.
 
     Answered by the event `ClientSecured` (CLIENT), `UpstreamReady` or `UpstreamFailed` (SERVER). A machine emits it
-    only when it holds no unread bytes of that side (else: `PeerViolation`)."""
+    only when it holds no unread bytes of that side (else: `PeerViolation`). `alpn` are the protocols that are offered
+    or accepted (RFC 7301)."""
 
     side: Side
+    alpn: tuple[str, ...] = ()
 
 
 class Completed(msgspec.Struct, frozen=True, gc=False):
@@ -154,6 +175,23 @@ class Completed(msgspec.Struct, frozen=True, gc=False):
     rows: int = 0
     error: str = ""
     masked: tuple[str, ...] = ()
+
+
+class Preview(msgspec.Struct, frozen=True):
+    """What the human who is asked about the operation `id` gets to see: the answer to `Machine.preview`."""
+
+    id: int
+    text: str
+
+
+class Observed(msgspec.Struct, frozen=True, gc=False):
+    """Bytes that went through a running operation (a terminal, a command's output): recorded before they are sent on.
+    `id` is that of its `AskRuling`; `channel` is `stdin`, `stdout`, `stderr` or `resize` (then `data` is
+    `COLUMNSxROWS`)."""
+
+    id: int
+    channel: str
+    data: bytes
 
 
 class Authenticated(msgspec.Struct, frozen=True):
@@ -177,7 +215,21 @@ class Close(msgspec.Struct, frozen=True):
     reason: str
 
 
-Command = Send | Connect | StartTls | AskLogin | AskRuling | AskCancel | Completed | Authenticated | Learned | Close
+Command = (
+    Send
+    | Connect
+    | StartTls
+    | AskLogin
+    | AskRuling
+    | AskCredential
+    | AskCancel
+    | Preview
+    | Observed
+    | Completed
+    | Authenticated
+    | Learned
+    | Close
+)
 Commands = Sequence[Command]
 
 
@@ -199,6 +251,10 @@ class Machine(Protocol):
     def notice(self, message: str, hint: str = "") -> Commands:
         """Tells the client something in the protocol's own words, between messages (hold: what it waits for)."""
 
+    def preview(self, ask: AskRuling) -> Commands:
+        """The operation is about to be held: finds out what the human should see of it, and says so with one `Preview`,
+        at once or after it has asked the server what would come of it."""
+
     def farewell(self, message: str, hint: str = "") -> Commands:
         """Tells the client in the protocol's own words why the session ends, as far as its state allows, and closes."""
 
@@ -207,7 +263,11 @@ class Machine(Protocol):
         speaks to the SERVER alone, starts with `begin`, and ends with `Close`. None before the login is done."""
 
     def begin(self) -> Commands:
-        """The first commands of a machine that speaks first; none for one that waits for its client."""
+        """The first commands, before any byte of a peer: none for a protocol that waits for its client."""
+
+    @property
+    def incomplete(self) -> bool:
+        """True while the client has begun a message and not ended it: there is a limit to how long that may take."""
 
     @property
     def unanswered(self) -> bool:
@@ -220,3 +280,11 @@ class MachineFactory(Protocol):
     def __call__(self, *, offer_tls: bool, refusal: Refusal | None = None) -> Machine:
         """Makes a machine for one accepted connection. With `refusal`, the machine takes the client to the first point
         at which its protocol can say why, says it, and closes; it then asks nothing."""
+
+
+class Visit(Protocol):
+    """What a protocol folder may register as `visit`: makes a machine that tells whether a target can be spoken to."""
+
+    def __call__(self, target: Target) -> Machine:
+        """The machine speaks to the SERVER alone, starts with `begin`, shows no credential, and ends with `Close`: with
+        an empty reason when a login could begin now, else with what is in its way."""

@@ -126,6 +126,15 @@ class Completed(_Record, frozen=True, kw_only=True, tag="completed"):
     masked: tuple[str, ...] = ()
 
 
+class Observed(_Record, frozen=True, kw_only=True, tag="observed"):
+    """Bytes that went through the running operation `op`, written before they were sent on. `channel` is `stdin`,
+    `stdout`, `stderr` or `resize` (then `data` is `COLUMNSxROWS`). In JSON `data` is base64."""
+
+    op: int
+    channel: str
+    data: bytes
+
+
 class Alert(_Record, frozen=True, kw_only=True, tag="alert"):
     """Something the operators have to know."""
 
@@ -140,7 +149,7 @@ class Closed(_Record, frozen=True, kw_only=True, tag="closed"):
     denied: int
 
 
-Record = Opened | Login | Ruled | Held | Decided | Completed | Alert | Closed
+Record = Opened | Login | Ruled | Held | Decided | Completed | Observed | Alert | Closed
 
 _encode = msgspec.json.Encoder().encode
 

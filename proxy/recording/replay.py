@@ -21,6 +21,7 @@ from proxy.recording.records import (
     Held,
     HopReason,
     Login,
+    Observed,
     Opened,
     Record,
     Ruled,
@@ -87,6 +88,8 @@ def _body(record: Record) -> str:
             outcome = f"error {visible(record.error)}" if record.error else visible(record.tag) or "done"
             masked = f", masked {', '.join(map(visible, record.masked))}" if record.masked else ""
             return f"completed #{record.op} {outcome}, {record.rows} rows in {record.duration_us / 1000:.3f} ms{masked}"
+        case Observed():
+            return f"{record.channel:<9} #{record.op} {visible(record.data.decode('utf-8', 'backslashreplace'))}"
         case Alert():
             return f"alert     {visible(record.text)}"
         case Closed():

@@ -27,6 +27,7 @@ from proxy.recording.records import (
     Decided,
     HopReason,
     Login,
+    Observed,
     Ruled,
     encode,
     line,
@@ -56,6 +57,8 @@ class RulingPieces:
     def piece(self, operation: Operation, ruling: Ruling) -> bytes:
         """JSON from after `op` to the end of the object."""
         example = operation.example
+        if operation.once:
+            return _piece(operation, operation.recorded_text, ruling)
         if example is None:
             kept = self._pieces.get((id(operation), id(ruling)))
             return self._add(operation, ruling) if kept is None else kept[0]
@@ -97,7 +100,7 @@ def _piece(operation: Operation, text: str, ruling: Ruling) -> bytes:
             kind=operation.kind,
             phase=operation.phase,
             text=text,
-            statements=tuple(facts.kind for facts in operation.statements),
+            statements=operation.kinds,
             unclassified=operation.unclassified,
             decision=str(ruling.decision),
             reasons=_reasons(ruling),
@@ -198,6 +201,10 @@ class Writer:
                 self._write(None)
             except AuditUnavailable:
                 return  # the writer is dead: whatever asks next is refused
+
+    def observed(self, op: int, channel: str, data: bytes) -> None:
+        """Must return before the bytes are sent on."""
+        self._write(encode(Observed(at_us=self._now_us(), op=op, channel=channel, data=data)))
 
     def alert(self, text: str) -> None:
         self._write(encode(Alert(at_us=self._now_us(), text=text)))

@@ -50,6 +50,7 @@ from proxy.protocols.base import (
     Login,
     Machine,
     PeerViolation,
+    Preview,
     Refusal,
     Reply,
     Send,
@@ -59,8 +60,8 @@ from proxy.protocols.base import (
     UpstreamReady,
 )
 from proxy.protocols.postgres import messages
-from proxy.protocols.postgres.canceller import Canceller
 from proxy.protocols.postgres.columns import Catalog, CatalogReader, CatalogUnreadable, catalog_query
+from proxy.protocols.postgres.errand import cancelling
 from proxy.protocols.postgres.login import LoginRefused, ServerLogin
 from proxy.protocols.postgres.messages import Malformed
 from proxy.protocols.postgres.relay import Relay
@@ -182,6 +183,9 @@ class PostgresMachine:
             return []
         return [Send(Side.CLIENT, messages.notice(message, hint))]
 
+    def preview(self, ask: AskRuling) -> list[Command]:
+        return [Preview(ask.id, ask.operation.recorded_text)]
+
     def farewell(self, message: str, hint: str = "") -> list[Command]:
         if self._relay is not None:
             return self._relay.farewell("57P01", message, hint)
@@ -192,7 +196,12 @@ class PostgresMachine:
     def canceller(self) -> Machine | None:
         if self._login is None or not self._cancel_key:
             return None
-        return Canceller(self._login.target, self._cancel_key)
+        return cancelling(self._login.target, self._cancel_key)
+
+    @property
+    def incomplete(self) -> bool:
+        """Never: a client may sit inside a transaction as long as it likes, and holds up nobody else."""
+        return False
 
     @property
     def unanswered(self) -> bool:
