@@ -8,7 +8,7 @@
 #ifndef HOPGATE_ABI_H
 #define HOPGATE_ABI_H
 
-#define HOPGATE_ABI 3
+#define HOPGATE_ABI 4
 
 #define COMM_BYTES 16
 #define PATH_BYTES 128
@@ -117,6 +117,28 @@ struct hopgate_task_row {
 	char comm[COMM_BYTES];
 };
 
+#define EVENT_HIDDEN 1		/* a protocol is spoken to what is no target; `detail` is PROTOCOL_… */
+#define EVENT_UNWATCHED 2	/* a connection that should be looked at cannot be: it is closed for data */
+
+/*
+ * What the host agent has to know of at once: an entry of the ring buffer `events`. What has no value is 0. Addresses and
+ * ports are as in connect_key. Nothing is let through because an event was lost.
+ */
+struct hopgate_event {
+	__u64 time_ns;	/* CLOCK_MONOTONIC */
+	__u64 node;	/* image of the process that it is about */
+	__u64 netns;	/* cookie of the network namespace */
+	__u64 socket;	/* cookie of the socket */
+	__u8 source[16];
+	__u8 dest[16];
+	__u16 source_port;
+	__u16 dest_port;
+	__u16 family;
+	__u16 detail;	/* what the type says that it is */
+	__u32 type;	/* EVENT_… */
+	__u32 tgid;
+};
+
 /* Indices of the array map `counters`. Those up to OVERFLOW_LAST say that a process or a connection lost its label. */
 #define OVERFLOW_PROCS 0
 #define OVERFLOW_NODES 1
@@ -129,6 +151,7 @@ struct hopgate_task_row {
 #define COUNT_GRAVEYARD_FULL 7	/* dead nodes released at once because they could not wait */
 #define COUNT_CONNECTS 8	/* records written */
 #define COUNT_GRAVEYARD_CUT 9	/* dead nodes released early because the table of nodes was full */
-#define COUNTERS 10
+#define COUNT_EVENTS_LOST 10	/* events for which the ring had no room */
+#define COUNTERS 11
 
 #endif

@@ -35,6 +35,15 @@ BPF_TABLE_PINNED("hash", u64, struct hopgate_node, nodes, NODES_MAX, PINS "/node
 BPF_TABLE_PINNED("hash", u64, struct hopgate_declaration, declared, DECLARED_MAX, PINS "/declared");
 BPF_QUEUESTACK_PINNED("queue", graveyard, u64, GRAVEYARD_MAX, 0, PINS "/graveyard");
 
+/* BCC has no macro for a ring that is pinned. */
+struct events_table_t {
+	int key;
+	u32 leaf;
+	int (*ringbuf_output)(void *, u64, u64);
+	u32 max_entries;
+};
+__attribute__((section("maps/ringbuf:" PINS "/events"))) struct events_table_t events = {.max_entries = EVENTS_BYTES};
+
 /* Levels that one event releases; what is left of a longer chain goes through the graveyard. */
 #define RELEASE_MAX 16
 /* Dead nodes that are released early for one that finds no room. */
@@ -69,6 +78,14 @@ static inline void count(u32 which)
 
 	if (counter)
 		__sync_fetch_and_add(counter, 1);
+}
+
+/* Tells the host agent. Whatever the event is about has to be denied already: it may be lost. */
+static inline void emit(struct hopgate_event *event)
+{
+	event->time_ns = bpf_ktime_get_ns();
+	if (events.ringbuf_output(event, sizeof(*event), 0))
+		count(COUNT_EVENTS_LOST);
 }
 
 /* Drops one reference on each node upwards until one survives. */

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from hostagent.kernel import cgroups
 from hostagent.kernel.cgroups import mount_point as cgroup_mount
+from hostagent.kernel.events import Event, Events, follow
 from hostagent.kernel.guard import Guard
 from hostagent.kernel.lifecycle import apply_scope, attached, cleanup, start
 from hostagent.kernel.pins import ConnectRecord, Pins, Refused, Unclaimed
@@ -17,6 +18,8 @@ __all__ = [
     "Bypass",
     "ConnectRecord",
     "Culprit",
+    "Event",
+    "Events",
     "Guard",
     "KernelError",
     "MapSizes",
@@ -31,6 +34,7 @@ __all__ = [
     "attached",
     "cgroup_mount",
     "cleanup",
+    "follow",
     "own_cgroup",
     "start",
 ]

@@ -16,7 +16,7 @@ from hostagent import resources
 from hostagent.kernel.settings import MapSizes, Settings
 from proxy.model import Endpoint, Prefix
 
-ABI = 3
+ABI = 4
 SOURCES = ("abi.h", "lineage.bpf.c", "connect.bpf.c")
 
 TRACEPOINTS = {"on_fork": "sched_process_fork", "on_exec": "sched_process_exec", "on_exit": "sched_process_exit"}
@@ -41,6 +41,7 @@ COUNTERS = (
     "graveyard_full",
     "connects",
     "graveyard_cut",
+    "events_lost",
 )
 OVERFLOWS = COUNTERS[:3]
 
@@ -128,6 +129,30 @@ class TaskRow(ctypes.Structure):
 class Declaration(ctypes.Structure):
     _fields_ = (("agent", ctypes.c_char * 64),)
 
+
+class Event(ctypes.Structure):
+    _fields_ = (
+        ("time_ns", ctypes.c_uint64),
+        ("node", ctypes.c_uint64),
+        ("netns", ctypes.c_uint64),
+        ("socket", ctypes.c_uint64),
+        ("source", ctypes.c_ubyte * 16),
+        ("dest", ctypes.c_ubyte * 16),
+        ("source_port", ctypes.c_uint16),
+        ("dest_port", ctypes.c_uint16),
+        ("family", ctypes.c_uint16),
+        ("detail", ctypes.c_uint16),
+        ("type", ctypes.c_uint32),
+        ("tgid", ctypes.c_uint32),
+    )
+
+
+EVENTS = {"EVENT_HIDDEN": 1, "EVENT_UNWATCHED": 2}
+"""Types of events, named as in the header."""
+
+EVENT_BYTES = ctypes.sizeof(Event)
+RING = "events"
+"""The pin of the ring buffer."""
 
 U32 = struct.Struct("=I")
 U64 = struct.Struct("=Q")

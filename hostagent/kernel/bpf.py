@@ -155,6 +155,14 @@ def map_sizes(fd: int) -> tuple[int, int]:
     return key_bytes, value_bytes
 
 
+def map_entries(fd: int) -> int:
+    """How many entries a map may have; of a ring buffer, its bytes (struct bpf_map_info)."""
+    info = ctypes.create_string_buffer(128)
+    _bpf(_OBJ_GET_INFO_BY_FD, "=IIQ", fd, len(info), ctypes.addressof(info), what="map information")
+    entries: int = struct.unpack_from("=I", info, 16)[0]
+    return entries
+
+
 def object_id(fd: int) -> tuple[str, int]:
     """Which object a descriptor means: its kind as the kernel calls it, and its id among those."""
     info = ctypes.create_string_buffer(256)

@@ -66,7 +66,7 @@ def attached(settings: Settings) -> bool:
 def pinned_names() -> frozenset[str]:
     """The files of a complete pin directory."""
     links = {f"{kind}_{name}" for kind in ("link", "program") for name in abi.PROGRAMS}
-    return frozenset({*abi.MAPS, "blank", "graveyard", *links})
+    return frozenset({*abi.MAPS, abi.RING, "blank", "graveyard", *links})
 
 
 def cleanup(pin_dir: Path) -> list[str]:

@@ -199,6 +199,7 @@ def compile_sources(bcc: ModuleType, request: LoadRequest) -> Any:
         f"-DSCOPE_MAX={sizes.scope}",
         f"-DEXEMPT_MAX={sizes.exempt}",
         f"-DDECLARED_MAX={sizes.declared}",
+        f"-DEVENTS_BYTES={sizes.event_bytes}",
         "-Wno-everything",
     ]
     root = Path(tempfile.mkdtemp(prefix="kernel-source-", dir=request.run_dir))

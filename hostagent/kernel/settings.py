@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,7 +22,8 @@ class KernelError(OperatorError):
 class MapSizes:
     """Entries of the kernel's maps; memory is taken at load, about 540 bytes a node. What is started when `procs` or
     `nodes` are full is unlabelled and denied. `graveyard` is how many dead images wait for a late accept; `declared` is
-    how many images may be declared to be agents at a time."""
+    how many images may be declared to be agents at a time. `event_bytes`, a power of two, holds what the host agent has
+    not read yet, about 90 bytes an event."""
 
     procs: int = 65_536
     nodes: int = 98_304
@@ -30,8 +32,11 @@ class MapSizes:
     scope: int = 4_096
     exempt: int = 1_024
     declared: int = 4_096
+    event_bytes: int = 262_144
 
     def __post_init__(self) -> None:
+        if self.event_bytes % mmap.PAGESIZE or self.event_bytes & self.event_bytes - 1:
+            raise ValueError("event_bytes has to be a power of two, and whole pages")
         if self.graveyard >= self.nodes:
             raise ValueError("graveyard has to be smaller than nodes")
 

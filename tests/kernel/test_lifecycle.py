@@ -58,7 +58,7 @@ def test_cleanup_leaves_nothing() -> None:
         before = _everything(made.netns)
         made.load()
         ids = _ids(made)
-        assert len(ids["prog"]) == 4 and len(ids["link"]) == 4 and len(ids["map"]) == len(abi.MAPS) + 2
+        assert len(ids["prog"]) == 4 and len(ids["link"]) == 4 and len(ids["map"]) == len(abi.MAPS) + 3
         assert _everything(made.netns) != before
         made.pins.close()
         with namespaces.entered(made.netns):
@@ -276,6 +276,7 @@ def test_the_python_mirror_has_the_numbers_of_the_header() -> None:
     assert numbers["CONNECT_ESTABLISHED"] == abi.CONNECT_ESTABLISHED
     assert numbers["CONNECT_AMBIGUOUS"] == abi.CONNECT_AMBIGUOUS
     assert numbers["CONNECT_CLOSED"] == abi.CONNECT_CLOSED
+    assert {name: number for name, number in numbers.items() if name.startswith("EVENT_")} == abi.EVENTS
     assert numbers["COUNTERS"] == len(abi.COUNTERS)
     assert numbers["OVERFLOW_LAST"] + 1 == len(abi.OVERFLOWS)
     for prefix in ("OVERFLOW_", "COUNT_"):
