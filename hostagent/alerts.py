@@ -4,28 +4,41 @@ The lines are chained as those of a recording are (proxy/recording/records.py), 
 session: none can be changed, dropped or moved without breaking every link after it. Alerts never stop anything: when
 the disk takes none, they are in the log all the same.
 
+Whoever can raise alerts at will (a worker, an agent) must not fill the disk with them, nor hide others among them:
+every source has an allowance of its own, `BURST` and then one every `REFILL_S`, each part of at most `WORDS_MAX`
+characters: some 10 MiB a day and source, whatever happens. What goes beyond it is counted, and the count is told.
+
 Blind spot: lines cut off at the end, or whole files taken away, are not noticed here; the log has the alerts too.
 """
 
 from __future__ import annotations
 
 import datetime
+import enum
 import os
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 import structlog
 
 from proxy.recording.records import LINE_OVERHEAD, line, link, seed
+from proxy.recording.replay import visible
 
 log = structlog.get_logger()
 
 SUFFIX = ".hga"
 QUIET_S = 60.0
 """The same alert is raised again after this long at the earliest; in between it is only counted."""
+
+BURST = 64
+REFILL_S = 20.0
+WORDS_MAX = 1000
+_SAME_MAX = 4096
+"""Alerts that are remembered for being the same."""
 
 _LINE = re.compile(rb"([0-9a-f]{64}) (\{[^\n]*\})")
 
@@ -41,30 +54,78 @@ class Alert(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     times: int = 1
 
 
-class Alerts:
-    """`clock` gives nanoseconds since the epoch."""
+class Source(enum.StrEnum):
+    """Who can make alerts be raised."""
 
-    def __init__(self, directory: Path, clock: Callable[[], int] = time.time_ns) -> None:
+    HOST = "the host agent"
+    WORKER = "workers"
+    APPROVAL = "agents that approve"
+    DECLARATION = "launchers"
+    SOCKET = "raw sockets"
+
+
+@dataclass(slots=True)
+class _Allowance:
+    left: float
+    at_s: float
+    lost: int = 0
+
+
+class Alerts:
+    """`clock` gives nanoseconds since the epoch, `monotonic` seconds."""
+
+    def __init__(
+        self,
+        directory: Path,
+        clock: Callable[[], int] = time.time_ns,
+        monotonic: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.raised = 0
         self.latest: Alert | None = None
         self._directory = directory
         self._clock = clock
+        self._monotonic = monotonic
         self._link: dict[str, bytes] = {}
         self._same: dict[str, tuple[float, int]] = {}
+        self._allowances: dict[Source, _Allowance] = {}
 
-    def alert(self, what: str, *, by: str = "", done: str = "") -> None:
+    def alert(self, what: str, *, by: str = "", done: str = "", source: Source = Source.HOST) -> None:
         """Never raises."""
-        now_s = time.monotonic()
+        now_s = self._monotonic()
         at_s, times = self._same.get(what, (float("-inf"), 0))
         if now_s - at_s < QUIET_S:
             self._same[what] = at_s, times + 1
             return
+        if not self._may(source, now_s):
+            return
         self._same = {known: kept for known, kept in self._same.items() if now_s - kept[0] < 10 * QUIET_S}
+        while len(self._same) >= _SAME_MAX:
+            del self._same[next(iter(self._same))]
         self._same[what] = now_s, 0
-        alert = Alert(at_us=self._clock() // 1000, what=what, by=by, done=done, times=times + 1)
+        self._raise(what, by, done, times + 1)
+
+    def _may(self, source: Source, now_s: float) -> bool:
+        """Takes one from the allowance; tells when it is used up, and how many were lost once it is not."""
+        allowance = self._allowances.setdefault(source, _Allowance(BURST, now_s))
+        allowance.left = min(allowance.left + (now_s - allowance.at_s) / REFILL_S, BURST)
+        allowance.at_s = now_s
+        if allowance.left < 1:
+            if not allowance.lost:
+                self._raise(f"too many alerts by {source.value}: more of them are only counted for now")
+            allowance.lost += 1
+            return False
+        allowance.left -= 1
+        lost, allowance.lost = allowance.lost, 0
+        if lost:
+            self._raise(f"{lost} alerts by {source.value} were only counted")
+        return True
+
+    def _raise(self, what: str, by: str = "", done: str = "", times: int = 1) -> None:
+        what, by, done = (visible(text[:WORDS_MAX])[:WORDS_MAX] for text in (what, by, done))
+        alert = Alert(at_us=self._clock() // 1000, what=what, by=by, done=done, times=times)
         self.raised += 1
         self.latest = alert
-        log.error("alert", what=what, by=by, done=done, times=alert.times)
+        log.error("alert", what=what, by=by, done=done, times=times)
         try:
             self._write(alert)
         except OSError as error:

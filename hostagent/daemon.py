@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import os
 import signal
 import socket
@@ -28,11 +29,12 @@ import uvloop
 
 from hostagent import kernel
 from hostagent.adoption import Adoption
-from hostagent.alerts import Alerts
+from hostagent.alerts import Alerts, Source
 from hostagent.attribution import AgentMatcher, Attribution, Undecidable, build_chain
 from hostagent.cancels import CancelTable
 from hostagent.certificates import open_authority
 from hostagent.control.approvals import Approvals
+from hostagent.control.messages import Visit
 from hostagent.control.server import ControlServer
 from hostagent.control.sessions import Sessions
 from hostagent.control.store import Store
@@ -44,6 +46,7 @@ from hostagent.notify import notify, watchdog_interval_s
 from hostagent.policies import ActivePolicy, PolicyUnusable
 from hostagent.service import Misconduct, Service, memory_file
 from hostagent.settings import Settings
+from hostagent.visits import Visits
 from hostagent.watch import Watch, policy_stamp
 from hostagent.workers import WorkerProcess, Workers, account
 from proxy import journal, ports
@@ -134,6 +137,7 @@ class Daemon:
                 on_message=self._from_worker,
                 on_gone=self._worker_gone,
             )
+            self._visits = Visits(lambda: self.policy.targets.values(), self._any_worker)
             self.service = Service(
                 policy=self.policy,
                 attribution=self._attribution,
@@ -145,9 +149,16 @@ class Daemon:
                 exempt=self._exempt,
                 find_worker=self.workers.running.get,
                 spawn=tasks.create_task,
+                visited=self._visits.visited,
+                alert=lambda what, by: self._alerts.alert(what, by=by, source=Source.WORKER),
                 no_target=self._names.hurry,
             )
-            declarations = Declarations(settings.run_dir / SOCKET, self._attribution, self.pins, self._alerts.alert)
+            declarations = Declarations(
+                settings.run_dir / SOCKET,
+                self._attribution,
+                self.pins,
+                functools.partial(self._alerts.alert, source=Source.DECLARATION),
+            )
             await control.start()
             await declarations.start()
             loop = asyncio.get_running_loop()
@@ -182,10 +193,22 @@ class Daemon:
             return
         chain = self._attribution.of_process(pid)
         if not isinstance(chain, Chain):
+            self._alerts.alert(
+                "somebody who is not known tried to approve",
+                by=f"process {pid}: {chain.reason}",
+                source=Source.APPROVAL,
+            )
             raise OperatorError(f"who approves has to be known: {chain.reason}")
         if chain.hops:
-            log.error("agent tried to approve", chain=str(chain), pid=pid)
+            self._alerts.alert("an agent tried to approve", by=f"process {pid}, {chain}", source=Source.APPROVAL)
             raise OperatorError(f"agents may not approve: process `{pid}` runs under {chain}; ask a human")
+
+    async def visit_targets(self) -> tuple[Visit, ...]:
+        """Whether the targets can be reached. Raises `OperatorError` when nobody can try."""
+        return await self._visits.make()
+
+    def _any_worker(self) -> WorkerProcess | None:
+        return next((worker for worker in self.workers.running.values() if worker.serving), None)
 
     def status(self) -> dict[str, object]:
         """What `hopgate status` shows."""
@@ -233,6 +256,7 @@ class Daemon:
         try:
             self.service.handle(worker, message)
         except Misconduct as error:
+            self._alerts.alert(f"a worker broke the form: {error}", by=f"worker {worker.pid}", source=Source.WORKER)
             self.workers.kill(worker, str(error))
 
     def _worker_gone(self, worker: WorkerProcess) -> None:

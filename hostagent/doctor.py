@@ -8,8 +8,10 @@
 It reads, tries on things of its own, and changes nothing. It works while the daemon does not run; what only the daemon
 knows is skipped then.
 
-Blind spots: whether a target answers is not tried, because only the workers may connect to it; `hopgate sessions` shows
-whether they do. A credential's password may be wrong.
+Whether targets can be reached is tried by a worker, since nobody else may connect to them, up to where a login would
+begin.
+
+Blind spot: a credential's password may be wrong.
 """
 
 from __future__ import annotations
@@ -80,6 +82,7 @@ def examine(settings: Settings) -> list[Finding]:
         lambda: _daemon(settings, report),
         lambda: _attachment(settings),
         lambda: _policy(settings, document, report),
+        lambda: _reachable(settings, report),
         lambda: _credentials(settings, document),
         lambda: _authority(settings),
         lambda: _space(settings),
@@ -241,9 +244,33 @@ def _policy(
                 )
             else:
                 yield Finding(check, State.OK, f"`{host.host}` is {', '.join(found)}, port {host.port}")
-    if document.targets:
-        what = "only the workers may connect to a target: `hopgate sessions` shows whether they do"
-        yield Finding("targets reachable", State.SKIPPED, what)
+
+
+def _reachable(settings: Settings, report: dict[str, object] | OperatorError) -> Iterator[Finding]:
+    if isinstance(report, OperatorError):
+        yield Finding("targets reachable", State.SKIPPED, "only a worker may try, and the daemon does not run")
+        return
+    try:
+        visits = client.ask(settings.control_socket, messages.VisitTargets(), messages.TargetsVisited).visits
+    except OperatorError as error:
+        yield Finding("targets reachable", State.SKIPPED, str(error))
+        return
+    if not visits:
+        yield Finding("targets reachable", State.SKIPPED, "the policy in force has no target")
+    for visit in visits:
+        check, at = f"{visit.target or 'more targets'} reachable", f"{visit.endpoint}: " if visit.endpoint else ""
+        match visit.reached:
+            case True:
+                yield Finding(check, State.OK, f"{at}{visit.what}")
+            case False:
+                yield Finding(check, State.WRONG, visit.what, _UNREACHED)
+            case None:
+                yield Finding(check, State.SKIPPED, f"{at}{visit.what}")
+
+
+_UNREACHED = (
+    "see to it that the server runs, that no firewall is between, and that `addresses` and `tls` of the target fit"
+)
 
 
 def _addresses(name: str) -> list[str]:

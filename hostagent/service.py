@@ -58,8 +58,9 @@ class _Cancelling:
 
 
 class Service:
-    """`exempt(worker, source)` lets the kernel side learn which process image mustered; `no_target` is told that
-    somebody who is known dialled what is no target."""
+    """`exempt(worker, source)` lets the kernel side learn which process image mustered; `visited` takes what a worker
+    says of a target, and is false when it was not asked; `alert(what, by)` takes what a worker has operators know;
+    `no_target` is told that somebody who is known dialled what is no target."""
 
     def __init__(
         self,
@@ -74,6 +75,8 @@ class Service:
         exempt: Callable[[WorkerProcess, ports.Mustered], None],
         find_worker: Callable[[int], WorkerProcess | None],
         spawn: Callable[[Coroutine[Any, Any, None]], asyncio.Task[None]],
+        visited: Callable[[WorkerProcess, ports.TargetVisited], bool],
+        alert: Callable[[str, str], None],
         no_target: Callable[[], None] = lambda: None,
     ) -> None:
         self._policy = policy
@@ -86,6 +89,8 @@ class Service:
         self._exempt = exempt
         self._find_worker = find_worker
         self._spawn = spawn
+        self._visited = visited
+        self._alert = alert
         self._no_target = no_target
         self._open: dict[str, _OpenSession] = {}
         self._cancel_numbers = itertools.count(1)
@@ -120,9 +125,13 @@ class Service:
                 self._closed(worker, message)
             case ports.CancelDone(cancel=cancel):
                 self._cancelled(worker.pid, cancel)
-            case ports.Alert():
-                self._own(worker, message.session)
-                log.error("alert", session=message.session, what=message.text)
+            case ports.TargetVisited(visit=visit):
+                if not self._visited(worker, message):
+                    raise Misconduct(f"it is back from visit `{visit}`, for which it was not sent")
+            case ports.Alert(session=session, text=text):
+                opened = self._own(worker, session)
+                who = str(opened.chain) if opened.chain is not None else "nobody known"
+                self._alert(text, f"session {session}, {who}")
             case _:
                 assert_never(message)
 

@@ -38,7 +38,11 @@ class Reload(_Message, frozen=True, kw_only=True):
     """Read the policies again."""
 
 
-Request = Approve | Deny | ListApprovals | AskStatus | Reload
+class VisitTargets(_Message, frozen=True, kw_only=True):
+    """Have a worker try whether the targets can be reached."""
+
+
+Request = Approve | Deny | ListApprovals | AskStatus | Reload | VisitTargets
 
 
 class ApprovalDecided(_Message, frozen=True, kw_only=True):
@@ -63,10 +67,23 @@ class Reloaded(_Message, frozen=True, kw_only=True):
     policy: str
 
 
+class Visit(msgspec.Struct, frozen=True):
+    """`endpoint` is empty where a whole target could not be tried; then `reached` is None."""
+
+    target: str
+    endpoint: str
+    reached: bool | None
+    what: str
+
+
+class TargetsVisited(_Message, frozen=True, kw_only=True):
+    visits: tuple[Visit, ...]
+
+
 class Failed(_Message, frozen=True, kw_only=True):
     """The request was understood and could not be met."""
 
     message: str
 
 
-Answer = ApprovalDecided | PendingApprovals | Status | Reloaded | Failed
+Answer = ApprovalDecided | PendingApprovals | Status | Reloaded | TargetsVisited | Failed

@@ -54,6 +54,9 @@ class Handler(Protocol):
         """Takes the policies on disk, and gives the version then in force. When they cannot be loaded the old ones
         stay, and that is an `OperatorError`."""
 
+    async def visit_targets(self) -> tuple[messages.Visit, ...]:
+        """Tries whether the targets can be reached, within half of `client.ANSWER_TIMEOUT_S`."""
+
 
 class ControlServer:
     """Serves on `path` from `start` to `stop`. `allowed_uid` is the only user that gets an answer."""
@@ -97,7 +100,7 @@ class ControlServer:
                 return
             async with asyncio.timeout(REQUEST_TIMEOUT_S):
                 line = await reader.readuntil(b"\n")
-            writer.write(msgspec.json.encode(self._answer(line, pid)) + b"\n")
+            writer.write(msgspec.json.encode(await self._answer(line, pid)) + b"\n")
             async with asyncio.timeout(REQUEST_TIMEOUT_S):
                 await writer.drain()
         except (TimeoutError, OSError, asyncio.IncompleteReadError, asyncio.LimitOverrunError) as error:
@@ -106,17 +109,17 @@ class ControlServer:
             self._connections -= 1
             writer.close()
 
-    def _answer(self, line: bytes, pid: int) -> messages.Answer:
+    async def _answer(self, line: bytes, pid: int) -> messages.Answer:
         try:
             request = self._decode(line)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             return messages.Failed(message=f"bad request: {error}; is the service of the same version?")
         try:
-            return self._meet(request, pid)
+            return await self._meet(request, pid)
         except OperatorError as error:
             return messages.Failed(message=str(error))
 
-    def _meet(self, request: messages.Request, pid: int) -> messages.Answer:
+    async def _meet(self, request: messages.Request, pid: int) -> messages.Answer:
         match request:
             case messages.Approve(approval=approval, reason=reason):
                 self._handler.check_approver(pid)
@@ -129,6 +132,8 @@ class ControlServer:
                 return messages.Status(report=self._handler.status())
             case messages.Reload():
                 return messages.Reloaded(policy=self._handler.reload())
+            case messages.VisitTargets():
+                return messages.TargetsVisited(visits=await self._handler.visit_targets())
             case _:
                 assert_never(request)
 

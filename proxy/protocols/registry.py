@@ -1,5 +1,6 @@
-"""Finds the protocols: every folder beside this file is one, with `PROTOCOL` (its name), `DEFAULT_PORTS`, `Machine` (its
-`MachineFactory`) and, where it has one, `visit` (its `Visit`). Adding a protocol touches its folder and nothing here.
+"""Finds the protocols: every folder beside this file is one, with `PROTOCOL` (its name), `DEFAULT_PORTS`, `Machine`
+(its `MachineFactory`) and, where it has one, `visit` (its `Visit`). Adding a protocol touches its folder and nothing
+here.
 """
 
 from __future__ import annotations

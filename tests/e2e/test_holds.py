@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
 
+from hostagent import alerts
+from hostagent.declarations import INITIAL_PID_NAMESPACE
 from proxy.recording.records import Completed, Decided
 from tests.e2e.shop import Shop
 
@@ -63,6 +67,23 @@ def test_the_command_line_denies(shop: Shop) -> None:
     assert "'alive'" in said
     assert status(shop) == "paid"
     assert outcomes(shop) == ["denied"]
+
+
+@pytest.mark.skipif(
+    os.stat("/proc/self/ns/pid").st_ino != INITIAL_PID_NAMESPACE, reason="here a caller's lineage cannot be told"
+)
+def test_an_agent_that_is_root_cannot_approve_and_that_is_alerted(shop: Shop) -> None:
+    approve = [sys.executable, "-I", "-m", "hostagent.cli", "approve"]
+    with holding(shop) as process:
+        (waiting,) = shop.await_pending()
+        done = shop.gateway.run(["env", "HOP=held", *approve, waiting.id, "--config", str(shop.gateway.config)])
+        assert done.returncode == 1 and "agents may not approve" in done.stderr
+        assert [row.id for row in shop.pending()] == [waiting.id]
+        shop.decide(waiting.id, False)
+        process.communicate(timeout=20)
+    (path,) = (shop.gateway.state_dir / "alerts").iterdir()
+    tried = [alert for alert in alerts.read(path) if alert.what == "an agent tried to approve"]
+    assert [alert.by.split(", ")[1] for alert in tried] == ["held"]
 
 
 def test_time_denies(shop: Shop) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,18 +19,20 @@ from hostagent.kernel import cgroups, probe
 from tests.lab.cgroups import cgroup
 from tests.lab.hopgate import Gateway, gateway
 from tests.lab.namespaces import entered, linked_namespaces
+from tests.lab.postgres import postgres
 
 pytestmark = pytest.mark.kernel
 
 POLICY = """\
 agents: {job: {exe: /bin/false, uid: 65534}, boss: {exe: /bin/true, uid: 0}}
-targets: {shop: {protocol: postgresql, addresses: 192.0.2.10, credential: shop}}
+targets:
+  shop: {protocol: postgresql, addresses: 192.0.2.10, credential: shop, tls: {mode: verify-full, ca: ../ca.pem}}
 """
 SOUND = {
     *("programs", "bcc", "BTF", "hash, queue and LPM maps", "raw tracepoints", "sock_ops on a cgroup"),
     *("netfilter rules", "cgroup2", "workers", "settings", "programs and pins", "lineage", "rules", "policy"),
     *("policy in force", "target shop", "credential shop", "certificate authority", "disk of the state"),
-    *("alerts", "user 65534"),
+    *("alerts", "user 65534", "shop reachable"),
 }
 
 
@@ -55,13 +58,16 @@ def patient() -> Iterator[Patient]:
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hopgate-doctor-")))
         directory.chmod(0o711)
-        runner, _ = stack.enter_context(linked_namespaces("192.0.2.1", "192.0.2.10"))
+        runner, database = stack.enter_context(linked_namespaces("192.0.2.1", "192.0.2.10"))
+        server = stack.enter_context(postgres(address="192.0.2.10", port=5432, namespace=database, tls=True))
         hooked = stack.enter_context(cgroup("doctor"))
         running = stack.enter_context(
             gateway(directory / "gateway", namespace=runner, cgroup=hooked, settings={"workers": 1})
         )
         running.write_policy(POLICY)
         running.write_credential("shop", "shop_app", "secret-of-the-shop")
+        shutil.copy(server.ca_path, directory / "gateway" / "ca.pem")
+        shutil.copy(server.other_ca_path, directory / "gateway" / "other.pem")
         running.start()
         yield Patient(running, runner)
 
@@ -73,7 +79,9 @@ def test_a_sound_host_is_found_sound(patient: Patient) -> None:
     assert {check for check, each in found.items() if each["state"] == "ok"} >= SOUND
     assert found["system trust store"]["state"] == "weak"
     assert "update-ca-certificates" in found["system trust store"]["fix"]
-    assert found["targets reachable"]["state"] == "skipped"
+    assert (
+        found["shop reachable"]["what"] == "192.0.2.10:5432: it takes connections; its TLS is as `verify-full` wants it"
+    )
     assert found["user 0"]["state"] == "weak" and found["user 65534"]["state"] == "ok"
     assert all(each["fix"] for each in found.values() if each["state"] in ("weak", "wrong"))
     assert "secret-of-the-shop" not in json.dumps(found)
@@ -158,6 +166,36 @@ def test_what_is_wrong_is_found_with_its_fix(
         undo()
 
 
+def test_targets_that_cannot_be_reached_are_found(patient: Patient) -> None:
+    """By a worker: nobody listens, nobody is there, the certificate is another's, and one answers without TLS."""
+    shop = "credential: shop, tls: {mode: verify-full, ca: ../ca.pem}"
+    patient.gateway.write_policy(
+        POLICY
+        + f"  shut: {{protocol: postgresql, addresses: '192.0.2.10:5433', {shop}}}\n"
+        + f"  away: {{protocol: postgresql, addresses: '192.0.2.77:5432', {shop}}}\n"
+        + f"  wide: {{protocol: postgresql, addresses: '198.51.100.0/24:5432', {shop}}}\n"
+    )
+    try:
+        patient.gateway.cli("reload")
+        status, found = patient.findings()
+        assert status == 1
+        assert {check: found[f"{check} reachable"]["state"] for check in ("shop", "shut", "away", "wide")} == {
+            "shop": "ok",
+            "shut": "wrong",
+            "away": "wrong",
+            "wide": "skipped",
+        }
+        assert "refused" in found["shut reachable"]["what"]
+        assert "firewall" in found["shut reachable"]["fix"]
+        patient.gateway.write_policy(POLICY.replace("ca.pem", "other.pem"))
+        patient.gateway.cli("reload")
+        _, found = patient.findings()
+        assert found["shop reachable"]["state"] == "wrong" and "certificate" in found["shop reachable"]["what"]
+    finally:
+        patient.gateway.write_policy(POLICY)
+        patient.gateway.cli("reload")
+
+
 def test_a_policy_that_was_not_loaded_is_found(patient: Patient) -> None:
     undo = _policy_changed(patient)
     try:
@@ -175,7 +213,7 @@ def test_without_the_daemon_it_says_so_and_finds_what_was_taken_off(patient: Pat
     status, found = patient.findings()
     assert status == 1
     assert found["daemon"]["state"] == "wrong" and "systemctl start hopgate" in found["daemon"]["fix"]
-    assert found["policy in force"]["state"] == "skipped"
+    assert found["policy in force"]["state"] == found["targets reachable"]["state"] == "skipped"
     assert {found[check]["state"] for check in ("programs and pins", "rules", "policy", "lineage")} == {"ok"}
     patient.tamper("iptables", "-t", "nat", "-D", "OUTPUT", "-j", "HOPGATE-OUT")
     patient.tamper("ip6tables", "-t", "nat", "-F", "HOPGATE-PRE")

@@ -100,6 +100,8 @@ class Desk:
         self.cancels = CancelTable()
         self.workers = {pid: FakeWorker(pid) for pid in (1001, 1002)}
         self.mustered: list[int] = []
+        self.visits: set[int] = set()
+        self.alerts: list[tuple[str, str]] = []
         self._ids = iter(range(1, 1000))
         self.service = Service(
             policy=policy,
@@ -112,6 +114,8 @@ class Desk:
             exempt=lambda worker, _message: self.mustered.append(worker.pid),
             find_worker=lambda pid: cast(WorkerProcess, self.workers.get(pid)),
             spawn=self._spawn,
+            visited=lambda _worker, message: message.visit in self.visits,
+            alert=lambda what, by: self.alerts.append((what, by)),
         )
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
@@ -179,6 +183,19 @@ def about(kind: str, session: str) -> ports.FromWorker:
         "alert": ports.Alert(session=session, text="x"),
     }
     return made[kind]
+
+
+def test_what_a_worker_has_operators_know_is_said_with_its_session(desk: Desk, mine: FakeWorker) -> None:
+    session = desk.open(mine)
+    desk.handle(mine, ports.Alert(session=session, text="the recording cannot be written"))
+    assert desk.alerts == [("the recording cannot be written", f"session {session}, job")]
+
+
+def test_a_worker_that_is_back_from_where_it_was_not_sent_has_to_end(desk: Desk, mine: FakeWorker) -> None:
+    desk.visits.add(4)
+    desk.handle(mine, ports.TargetVisited(visit=4, reached=True, what="it takes connections"))
+    with pytest.raises(Misconduct, match="visit `5`"):
+        desk.handle(mine, ports.TargetVisited(visit=5, reached=True, what="it takes connections"))
 
 
 KINDS = ("secret", "certificate", "hold", "cancel key", "pass cancel", "closed", "alert")

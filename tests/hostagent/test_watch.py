@@ -385,6 +385,27 @@ def test_the_same_alert_is_counted_and_not_repeated(tmp_path: Path) -> None:
     assert raised.raised == 1
 
 
+def test_a_flood_from_one_source_is_counted_and_hides_no_other(tmp_path: Path) -> None:
+    """A worker may say what it likes, as often as it likes, with letters that take six bytes each."""
+    now_s = 0.0
+    raised = alerts.Alerts(tmp_path, monotonic=lambda: now_s)
+    for number in range(5000):
+        raised.alert(f"{number}" + "\x01" * 5000, by="\udcff" * 5000, source=alerts.Source.WORKER)
+    raised.alert("the rules were changed")
+    (path,) = tmp_path.iterdir()
+    written = alerts.read(path)
+    assert len(written) == alerts.BURST + 2
+    assert written[-1].what == "the rules were changed"
+    assert "too many alerts by workers" in written[-2].what
+    assert path.stat().st_size < (alerts.BURST + 2) * 4096
+    now_s = alerts.REFILL_S
+    raised.alert("one more", source=alerts.Source.WORKER)
+    assert [each.what for each in alerts.read(path)[-2:]] == [
+        f"{5000 - alerts.BURST} alerts by workers were only counted",
+        "one more",
+    ]
+
+
 def test_alerts_that_cannot_be_written_stop_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     raised = alerts.Alerts(tmp_path / "file" / "alerts")

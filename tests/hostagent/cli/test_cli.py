@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from hostagent.control.approvals import Approvals
+from hostagent.control.messages import Visit
 from hostagent.control.server import ControlServer
 from hostagent.control.sessions import Sessions
 from hostagent.control.store import Store
@@ -171,6 +172,9 @@ class Daemon:
 
     def reload(self) -> str:
         raise OperatorError("a.yaml:3: unknown key `rulez`")
+
+    async def visit_targets(self) -> tuple[Visit, ...]:
+        return ()
 
 
 def test_a_running_host_agent_is_asked(host: Host) -> None:

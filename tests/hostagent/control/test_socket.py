@@ -44,6 +44,10 @@ class Daemon:
             raise OperatorError(self.problem)
         return "v2"
 
+    async def visit_targets(self) -> tuple[messages.Visit, ...]:
+        await asyncio.sleep(0)
+        return (messages.Visit("orders", "192.0.2.10:5432", True, "it takes connections"),)
+
 
 def served(tmp_path: Path, talk: Callable[[Path, Daemon], Any], *, allowed_uid: int = 0) -> Any:
     """Runs `talk` in a thread while the socket is served; gives its result."""
@@ -99,6 +103,8 @@ def test_every_request_is_answered(tmp_path: Path) -> None:
         assert [row.preview for row in pending] == ["UPDATE t"]
         assert ask(path, messages.AskStatus(), messages.Status).report["workers"] == 2
         assert ask(path, messages.Reload(), messages.Reloaded).policy == "v2"
+        (visit,) = ask(path, messages.VisitTargets(), messages.TargetsVisited).visits
+        assert (visit.target, visit.reached) == ("orders", True)
         decided = ask(path, messages.Approve(approval="H-7KQ3F9", reason="ok"), messages.ApprovalDecided)
         assert (decided.outcome, decided.approval.id) == ("approved", "H-7KQ3F9")
         assert "(uid " in decided.by

@@ -285,6 +285,22 @@ def test_the_canceller_takes_the_servers_key_over_tls() -> None:
     assert canceller.notify(UpstreamReady()) == [Send(S, cancel), Close("the cancel request was passed on")]
 
 
+def test_a_visit_goes_as_far_as_a_login_would_begin_and_shows_nothing() -> None:
+    target = login(TlsMode.VERIFY_FULL).target
+    visit = registry.visit("postgresql")
+    assert visit is not None
+    machine = visit(target)
+    assert machine.begin() == [Connect()]
+    assert machine.notify(UpstreamReady()) == [Send(S, messages.SSL_REQUEST_PACKET)]
+    assert machine.receive(S, b"S") == [StartTls(S)]
+    assert machine.notify(UpstreamReady(b"binding")) == [Close("")]
+    plain = visit(target)
+    plain.begin()
+    plain.notify(UpstreamReady())
+    (close,) = plain.receive(S, b"N")
+    assert isinstance(close, Close) and "does not offer it" in close.reason
+
+
 # --- the session ------------------------------------------------------------------------------------------------------
 
 
