@@ -1,0 +1,78 @@
+"""Takes secrets out of what is written down of a request: values of Secrets and ConfigMaps, of environment variables,
+of fields and words whose names say that they hold one.
+
+It is for recordings and previews, and generous: what looks like a secret is left out. It never changes what is sent.
+
+Blind spot: a secret under an ordinary name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+SCRUBBED = "***"
+MAX_DEPTH = 64
+
+_TELLING = re.compile(
+    r"pass(word|wd|phrase)?$|secret|token|credential|private[-_]?key|api[-_]?key|\.dockerconfigjson", re.I
+)
+_TELLING_WORD = re.compile(
+    r"(?i)((?:pass(?:word|wd)?|secret|token|credential|api[-_]?key)[^=:\s]*[=:])\S+|(://[^/\s:@]*:)[^@\s]+(?=@)"
+)
+_WHOLE = {"secrets": ("data", "stringData"), "configmaps": ("data", "binaryData")}
+_APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
+
+
+def scrubbed(resource: str, body: object) -> object:
+    """A copy of the decoded body of a request on this resource, with secrets taken out."""
+    return _scrub(body, _WHOLE.get(resource, ()), 0)
+
+
+def scrubbed_words(words: Sequence[str]) -> str:
+    """A command in one line, with what looks like a secret taken out."""
+    return _TELLING_WORD.sub(lambda match: f"{match[1] or match[2]}{SCRUBBED}", " ".join(words))
+
+
+def _scrub(value: object, whole: tuple[str, ...], depth: int) -> object:
+    if depth > MAX_DEPTH:
+        return SCRUBBED
+    match value:
+        case dict():
+            environment = "name" in value and "value" in value
+            return {
+                key: (
+                    _emptied(inner)
+                    if key in whole or key == _APPLIED or (environment and key == "value") or _tells(key, inner)
+                    else _scrub(inner, whole if depth == 0 else (), depth + 1)
+                )
+                for key, inner in value.items()
+            }
+        case list():
+            return [_scrub_operation(inner, whole, depth) for inner in value]
+        case _:
+            return value
+
+
+def _scrub_operation(value: object, whole: tuple[str, ...], depth: int) -> object:
+    """An element of a list; of a JSON patch the value goes by the path that it is put at."""
+    if isinstance(value, dict) and isinstance(value.get("path"), str) and "op" in value and "value" in value:
+        steps = value["path"].split("/")
+        if any(step in whole or _TELLING.search(step) for step in steps) or "env" in steps or "annotations" in steps:
+            return {**value, "value": _emptied(value["value"])}
+    return _scrub(value, whole, depth + 1)
+
+
+def _tells(key: str, value: object) -> bool:
+    return isinstance(value, str) and _TELLING.search(key) is not None
+
+
+def _emptied(value: object) -> object:
+    """Names stay, values go."""
+    match value:
+        case dict():
+            return dict.fromkeys(value, SCRUBBED)
+        case None:
+            return None
+        case _:
+            return SCRUBBED

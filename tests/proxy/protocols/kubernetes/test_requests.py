@@ -1,0 +1,269 @@
+"""What a request asks for: RequestInfo's cases, paths that two readers could read differently, bodies."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from proxy.protocols.kubernetes.requests import Body, Head, Request, classify, describe
+
+JSON = (("content-type", "application/json"),)
+
+
+def asked(method: str, target: str, *headers: tuple[str, str]) -> Request:
+    return classify(Head(method, target, headers))
+
+
+# verb, group, version, namespace, resource, subresource, name; `-` for what is empty
+RESOURCES = """
+GET /api/v1/namespaces -> list - v1 - namespaces - -
+GET /api/v1/namespaces/other -> get - v1 other namespaces - other
+PUT /api/v1/namespaces/other/status -> update - v1 other namespaces status other
+PUT /api/v1/namespaces/other/finalize -> update - v1 other namespaces finalize other
+GET /api/v1/namespaces/o/pods -> list - v1 o pods - -
+GET /api/v1/namespaces/o/pods/foo -> get - v1 o pods - foo
+HEAD /api/v1/namespaces/o/pods/foo -> get - v1 o pods - foo
+GET /api/v1/pods -> list - v1 - pods - -
+HEAD /api/v1/pods -> list - v1 - pods - -
+POST /api/v1/namespaces/o/pods -> create - v1 o pods - -
+PUT /api/v1/namespaces/o/pods/foo -> update - v1 o pods - foo
+PATCH /api/v1/namespaces/o/pods/foo -> patch - v1 o pods - foo
+DELETE /api/v1/namespaces/o/pods/foo -> delete - v1 o pods - foo
+DELETE /api/v1/namespaces/o/pods -> deletecollection - v1 o pods - -
+GET /api/v1/nodes/n1/status -> get - v1 - nodes status n1
+GET /api/v1/namespaces/o/pods?watch=true -> watch - v1 o pods - -
+GET /api/v1/namespaces/o/pods?watch=1 -> watch - v1 o pods - -
+GET /api/v1/namespaces/o/pods?watch= -> watch - v1 o pods - -
+GET /api/v1/namespaces/o/pods?watch -> watch - v1 o pods - -
+GET /api/v1/namespaces/o/pods?watch=false -> list - v1 o pods - -
+GET /api/v1/namespaces/o/pods?watch=0 -> list - v1 o pods - -
+GET /api/v1/watch/namespaces/o/pods -> watch - v1 o pods - -
+GET /api/v1/watch/pods -> watch - v1 - pods - -
+GET /api/v1/watch/namespaces/o/pods/foo -> watch - v1 o pods - foo
+GET /api/v1/namespaces/o/pods?fieldSelector=metadata.name%3Dfoo -> list - v1 o pods - foo
+GET /api/v1/namespaces/o/pods?watch=1&fieldSelector=metadata.name=foo -> watch - v1 o pods - foo
+GET /api/v1/namespaces/o/pods?fieldSelector=metadata.name!=foo -> list - v1 o pods - -
+GET /apis/apps/v1/namespaces/o/deployments/web/scale -> get apps v1 o deployments scale web
+GET /apis/apps/v1/deployments -> list apps v1 - deployments - -
+POST /api/v1/namespaces/o/pods/foo/eviction -> create - v1 o pods eviction foo
+POST /api/v1/namespaces/o/serviceaccounts/a/token -> create - v1 o serviceaccounts token a
+PATCH /api/v1/namespaces/o/pods/p/ephemeralcontainers -> patch - v1 o pods ephemeralcontainers p
+GET /api/v1/namespaces/o/pods/p/log?follow=true -> get - v1 o pods log p
+GET /apis/rbac/v1/clusterroles/system%3Anode -> get rbac v1 - clusterroles - system:node
+GET /apis/metrics.k8s.io/v1beta1/nodes -> list metrics.k8s.io v1beta1 - nodes - -
+GET /api/v1/namespaces/o/pods/ -> list - v1 o pods - -
+GET /api/v1/namespaces/o/pods/p/exec?command=ls -> create - v1 o pods exec p
+POST /api/v1/namespaces/o/pods/p/exec?command=ls -> create - v1 o pods exec p
+GET /api/v1/namespaces/o/pods/p/attach -> create - v1 o pods attach p
+GET /api/v1/namespaces/o/pods/p/portforward?ports=80 -> create - v1 o pods portforward p
+GET /api/v1/nodes/n/proxy/exec/ns/pod/c?command=id -> create - v1 - nodes proxy n
+DELETE /api/v1/namespaces/o/services/https:web:443/proxy/a/b -> create - v1 o services proxy https:web:443
+"""
+
+
+@pytest.mark.parametrize("case", RESOURCES.strip().splitlines())
+def test_a_resource_is_told_as_the_server_tells_it(case: str) -> None:
+    method, target, _, *expected = case.split()
+    request = asked(method, target)
+    facts = request.facts
+    assert not request.unclassified
+    seen = [facts.verb, facts.group, facts.version, facts.namespace, facts.resource, facts.subresource, facts.name]
+    assert [each or "-" for each in seen] == expected
+
+
+@pytest.mark.parametrize(
+    "target",
+    "/ /api /apis /api/v1 /apis/apps /apis/apps/v1 /healthz /version /openapi/v3/apis/apps/v1 /apis/ /metrics "
+    "/logs/kube-apiserver.log /.well-known/openid-configuration".split(),
+)
+def test_a_path_that_is_no_resource(target: str) -> None:
+    request = asked("GET", target)
+    assert (request.unclassified, request.facts.resource, request.facts.verb) == ("", "", "get")
+    assert request.facts.path == request.target == target
+
+
+@pytest.mark.parametrize(
+    ("method", "target"),
+    [
+        ("GET", "/api//v1/pods"),
+        ("GET", "//api/v1/pods"),
+        ("GET", "/api/v1/namespaces//pods"),
+        ("GET", "/api/v1/namespaces/x/../y/pods"),
+        ("GET", "/api/v1/namespaces/x/%2e%2e/y/pods"),
+        ("GET", "/api/v1/namespaces/x/./pods"),
+        ("GET", "/api/v1/namespaces/x%2Fpods"),
+        ("GET", "/api/v1/namespaces/x/pods/a%2fb"),
+        ("GET", "/api/v1/namespaces/x/pods/a%5Cb"),
+        ("GET", "/api/v1/pods/%"),
+        ("GET", "/api/v1/pods/%zz"),
+        ("GET", "/api/v1/pods/%ff"),
+        ("GET", "/api/v1/pods/a%00"),
+        ("GET", "/api/v1/pods/a%0d%0aX: y"),
+        ("GET", "/api/v1/pods#x"),
+        ("GET", "/api/v1/pods?a=1;watch=1"),
+        ("GET", "/api/v1/pods?watch=0&watch=1"),
+        ("GET", "/api/v1/pods?watch=0&w%61tch=1"),
+        ("GET", "/api/v1/pods?fieldSelector=a=b&fieldSelector=metadata.name=x"),
+        ("GET", "/api/v1/namespaces/x/pods/p/status/more"),
+        ("GET", "/api/v1/proxy/nodes/n"),
+        ("POST", "/api/v1/watch/pods"),
+        ("GET", "/api/v1/watch"),
+        ("GET", "/api/v1/pods.apps"),
+        ("GET", "http://other/api/v1/pods"),
+        ("GET", "*"),
+        ("OPTIONS", "/api/v1/pods"),
+        ("CONNECT", "api:443"),
+        ("TRACE", "/api/v1/pods"),
+        ("GET", "/api/v1/namespaces/o/pods/p/portforward?ports=99999"),
+        ("GET", "/api/v1/pods?" + "&".join(f"a{n}=1" for n in range(600))),
+        ("GET", "/api/v1/pods/" + "a" * 20_000),
+    ],
+)
+def test_what_could_be_read_in_two_ways_is_not_classified(method: str, target: str) -> None:
+    request = asked(method, target)
+    assert request.unclassified
+    assert describe(request, Head(method, target, ()), b"").operation.unclassified == request.unclassified
+
+
+def test_the_server_gets_what_was_judged() -> None:
+    request = asked("GET", "/api/v1/n%61mespaces/x/pods?labelSelector=a%3Db,c+in+(d)&wat%63h=1&pretty")
+    assert request.target == "/api/v1/namespaces/x/pods?labelSelector=a%3Db,c%20in%20(d)&watch=1&pretty="
+    assert (request.facts.verb, request.facts.label_selector) == ("watch", "a=b,c in (d)")
+
+
+@given(st.text(max_size=60), st.sampled_from(["GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS"]))
+def test_anything_is_told_or_refused_and_told_alike_again(text: str, method: str) -> None:
+    target = "/api/v1/" + text.encode().decode("latin-1")
+    request = asked(method, target)
+    if not request.unclassified:
+        again = asked(method, request.target)
+        assert (again.target, again.facts, again.unclassified) == (request.target, request.facts, "")
+
+
+def test_who_is_impersonated_is_part_of_it() -> None:
+    headers = (
+        ("impersonate-user", "system:serviceaccount:shop:web"),
+        ("impersonate-group", "system:masters"),
+        ("impersonate-uid", "1"),
+        ("impersonate-extra-scopes%2fx", "all"),
+    )
+    request = asked("GET", "/api/v1/pods", *headers)
+    assert [(each.target, each.namespace, each.name) for each in request.impersonated] == [
+        ("serviceaccounts", "shop", "web"),
+        ("groups", "", "system:masters"),
+        ("uids.authentication.k8s.io", "", "1"),
+        ("userextras.authentication.k8s.io/scopes/x", "", "all"),
+    ]
+    operation = describe(request, Head("GET", "/api/v1/pods", headers), b"").operation
+    assert [each.verb for each in operation.requests] == ["list", *["impersonate"] * 4]
+    assert asked("GET", "/api/v1/pods", ("impersonate-mask", "x")).unclassified
+
+
+def test_bodies_are_sent_as_they_were_read() -> None:
+    head = Head("POST", "/api/v1/namespaces/shop/pods", JSON)
+    body = b'{"metadata": {"name": "a", "name": "web"}, "spec": {"big": 123456789012345678901, "x": 1.5}}'
+    described = describe(classify(head), head, body)
+    assert described.body == b'{"metadata":{"name":"web"},"spec":{"big":123456789012345678901,"x":1.5}}'
+    assert described.operation.requests[0].name == "web"
+    assert described.operation.text == "create pods/web in shop"
+
+
+def test_yaml_is_sent_as_json() -> None:
+    headers = (("content-type", "application/apply-patch+yaml"),)
+    head = Head("PATCH", "/apis/apps/v1/namespaces/shop/deployments/web?fieldManager=x", headers)
+    described = describe(classify(head), head, b"spec:\n  at: 22:22\n  on: 2020-01-01\n")
+    # YAML 1.1: an unquoted `on` is no string, and a key has to be one
+    assert "a key is no string" in described.operation.unclassified
+    described = describe(
+        classify(head), head, b"spec:\n  at: 22:22\n  since: 2020-01-01\n  yes: no\n".replace(b"yes", b"'yes'")
+    )
+    assert described.body == b'{"spec":{"at":"22:22","since":"2020-01-01","yes":false}}'
+    assert (described.content_type, described.operation.requests[0].patch) == ("application/apply-patch+yaml", "apply")
+
+
+@pytest.mark.parametrize(
+    ("method", "media", "body"),
+    [
+        ("POST", "application/vnd.kubernetes.protobuf", b"k8s\0"),
+        ("POST", "application/cbor", b"\xa0"),
+        ("POST", "application/json", b""),
+        ("POST", "application/json", b"{"),
+        ("POST", "application/json", b"[]"),
+        ("POST", "application/json", b"[" * 100_000),
+        ("POST", "application/json", b'{"a": "\xff"}'),
+        ("POST", "application/json; charset=utf-16", b"{}"),
+        ("POST", "application/json-patch+json", b"[]"),
+        ("PATCH", "application/json", b"{}"),
+        ("PATCH", "", b"{}"),
+        ("PATCH", "application/json-patch+json", b"{}"),
+        ("PATCH", "application/merge-patch+json", b"[]"),
+        ("PATCH", "application/apply-patch+yaml", b"a: &x 1\nb: *x"),
+        ("PATCH", "application/apply-patch+cbor", b"\xa0"),
+    ],
+)
+def test_bodies_that_cannot_be_read(method: str, media: str, body: bytes) -> None:
+    head = Head(method, "/api/v1/namespaces/shop/pods/p", (("content-type", media),))
+    described = describe(classify(head), head, body)
+    assert described.operation.unclassified
+    assert described.body == b""
+
+
+def test_a_compressed_body_is_not_read() -> None:
+    head = Head("POST", "/api/v1/namespaces/shop/pods", (*JSON, ("content-encoding", "gzip")))
+    assert "compressed" in describe(classify(head), head, b"{}").operation.unclassified
+
+
+@pytest.mark.parametrize(
+    ("target", "body", "dry"),
+    [
+        ("/api/v1/namespaces/s/pods/p?dryRun=All", b"", True),
+        ("/api/v1/namespaces/s/pods/p?dryRun=All", b'{"kind":"DeleteOptions"}', False),
+        ("/api/v1/namespaces/s/pods/p", b'{"dryRun":["All"]}', True),
+        ("/api/v1/namespaces/s/pods/p?dryRun=None", b"", False),
+        ("/api/v1/namespaces/s/pods/p?dryRun=All&dryRun=Some", b"", False),
+    ],
+)
+def test_a_deletion_is_dry_where_the_server_looks(target: str, body: bytes, dry: bool) -> None:
+    head = Head("DELETE", target, JSON)
+    assert describe(classify(head), head, body).operation.requests[0].dry_run is dry
+
+
+def test_what_is_recorded_holds_no_secret() -> None:
+    head = Head("POST", "/api/v1/namespaces/shop/secrets", JSON)
+    secret = {
+        "metadata": {"name": "db", "annotations": {"kubectl.kubernetes.io/last-applied-configuration": "MARK"}},
+        "data": {"user": "MARK"},
+        "stringData": {"x": "MARK"},
+    }
+    operation = describe(classify(head), head, msgspec.json.encode(secret)).operation
+    assert "MARK" not in operation.recorded_text
+    assert '"user":"***"' in operation.recorded_text
+    pod = {
+        "spec": {"containers": [{"env": [{"name": "A", "value": "MARK"}], "image": "web:1", "args": ["--x"]}]},
+        "token": "MARK",
+    }
+    head = Head("POST", "/api/v1/namespaces/shop/pods", JSON)
+    operation = describe(classify(head), head, msgspec.json.encode(pod)).operation
+    assert "MARK" not in operation.recorded_text
+    assert "web:1" in operation.recorded_text
+    patch = [{"op": "replace", "path": "/data/user", "value": "MARK"}]
+    head = Head("PATCH", "/api/v1/namespaces/shop/secrets/db", (("content-type", "application/json-patch+json"),))
+    operation = describe(classify(head), head, msgspec.json.encode(patch)).operation
+    assert "MARK" not in operation.recorded_text
+    head = Head(
+        "GET", "/api/v1/namespaces/s/pods/p/exec?command=psql&command=postgres://u:MARK@h/d&command=--password=MARK", ()
+    )
+    request = classify(head)
+    operation = describe(request, head, b"").operation
+    assert "MARK" not in operation.recorded_text
+    assert request.facts.command == ("psql", "postgres://u:MARK@h/d", "--password=MARK")
+
+
+def test_what_is_done_with_bodies() -> None:
+    assert asked("GET", "/api/v1/pods").body is Body.NONE
+    assert asked("POST", "/api/v1/namespaces/s/pods").body is Body.JUDGED
+    assert asked("DELETE", "/api/v1/namespaces/s/pods/p").body is Body.JUDGED
+    assert asked("POST", "/api/v1/namespaces/s/pods/p/exec?command=ls").body is Body.NONE
+    assert asked("POST", "/api/v1/namespaces/s/services/w/proxy/upload").body is Body.STREAMED
