@@ -73,11 +73,13 @@ def test_a_resource_is_told_as_the_server_tells_it(case: str) -> None:
     assert [each or "-" for each in seen] == expected
 
 
-@pytest.mark.parametrize(
-    "target",
-    "/ /api /apis /api/v1 /apis/apps /apis/apps/v1 /healthz /version /openapi/v3/apis/apps/v1 /apis/ /metrics "
-    "/logs/kube-apiserver.log /.well-known/openid-configuration".split(),
-)
+PATHS = """
+/ /api /apis /apis/ /api/v1 /apis/apps /apis/apps/v1 /healthz /version /metrics /openapi/v3/apis/apps/v1
+/logs/kube-apiserver.log /.well-known/openid-configuration
+"""
+
+
+@pytest.mark.parametrize("target", PATHS.split())
 def test_a_path_that_is_no_resource(target: str) -> None:
     request = asked("GET", target)
     assert (request.unclassified, request.facts.resource, request.facts.verb) == ("", "", "get")
