@@ -119,6 +119,11 @@ struct hopgate_task_row {
 
 #define EVENT_HIDDEN 1		/* a protocol is spoken to what is no target; `detail` is PROTOCOL_… */
 #define EVENT_UNWATCHED 2	/* a connection that should be looked at cannot be: it is closed for data */
+#define EVENT_SENT_RAW 3	/* somebody writes below TCP; `detail` is SENT_… */
+
+#define SENT_RAW_IP 0		/* a raw IP socket was made */
+#define SENT_FRAME 1		/* a packet socket sent a frame that is to nothing in scope */
+#define SENT_FRAME_IN_SCOPE 2	/* a packet socket sent a frame to what is in scope */
 
 /*
  * What the host agent has to know of at once: an entry of the ring buffer `events`. What has no value is 0. Addresses and
@@ -152,6 +157,7 @@ struct hopgate_event {
 #define COUNT_CONNECTS 8	/* records written */
 #define COUNT_GRAVEYARD_CUT 9	/* dead nodes released early because the table of nodes was full */
 #define COUNT_EVENTS_LOST 10	/* events for which the ring had no room */
-#define COUNTERS 11
+#define COUNT_RAW_UNTOLD 11	/* sockets below TCP that were not told of, because there were too many */
+#define COUNTERS 12
 
 #endif

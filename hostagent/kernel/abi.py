@@ -13,15 +13,21 @@ import struct
 from typing import assert_never
 
 from hostagent import resources
+from hostagent.kernel import bpf
 from hostagent.kernel.settings import MapSizes, Settings
 from proxy.model import Endpoint, Prefix
 
 ABI = 4
-SOURCES = ("abi.h", "lineage.bpf.c", "connect.bpf.c")
+SOURCES = ("abi.h", "lineage.bpf.c", "connect.bpf.c", "raw.bpf.c")
 
 TRACEPOINTS = {"on_fork": "sched_process_fork", "on_exec": "sched_process_exec", "on_exit": "sched_process_exit"}
+"""Those that keep the lineage."""
+TELLING_TRACEPOINTS = {"on_queue": "net_dev_queue"}
+"""Those that only tell: an event that one of them misses costs nobody a label."""
 SOCK_OPS = "on_sock_ops"
-PROGRAMS = (*TRACEPOINTS, SOCK_OPS)
+CGROUP_HOOKS = {SOCK_OPS: bpf.CGROUP_SOCK_OPS, "on_sock_create": bpf.CGROUP_INET_SOCK_CREATE}
+"""Programs on the cgroup, and what they are attached as."""
+PROGRAMS = (*TRACEPOINTS, *TELLING_TRACEPOINTS, *CGROUP_HOOKS)
 
 DEPTH_MAX = 1024
 SCOPE_PORT_BITS = 32
@@ -42,6 +48,7 @@ COUNTERS = (
     "connects",
     "graveyard_cut",
     "events_lost",
+    "raw_untold",
 )
 OVERFLOWS = COUNTERS[:3]
 
@@ -147,8 +154,10 @@ class Event(ctypes.Structure):
     )
 
 
-EVENTS = {"EVENT_HIDDEN": 1, "EVENT_UNWATCHED": 2}
+EVENTS = {"EVENT_HIDDEN": 1, "EVENT_UNWATCHED": 2, "EVENT_SENT_RAW": 3}
 """Types of events, named as in the header."""
+
+SENT_RAW_IP, SENT_FRAME, SENT_FRAME_IN_SCOPE = 0, 1, 2
 
 EVENT_BYTES = ctypes.sizeof(Event)
 RING = "events"

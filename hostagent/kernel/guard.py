@@ -135,21 +135,27 @@ class Guard:
         return found
 
     def _repair_attachment(self) -> list[str]:
-        name = f"link_{abi.SOCK_OPS}"
-        link, program = self._held[name], self._held[f"program_{abi.SOCK_OPS}"]
+        found: list[str] = []
         cgroup = self._settings.cgroup.stat().st_ino
-        if bpf.attached_cgroup(link) == cgroup and bpf.linked_program(link) == bpf.object_id(program)[1]:
-            return []
+        for name, hook in abi.CGROUP_HOOKS.items():
+            link, program = self._held[f"link_{name}"], self._held[f"program_{name}"]
+            if bpf.attached_cgroup(link) != cgroup or bpf.linked_program(link) != bpf.object_id(program)[1]:
+                self._attach(name, hook)
+                found.append(f"{name} was detached from the cgroup, or given another program")
+        return found
+
+    def _attach(self, program: str, hook: int) -> None:
+        name = f"link_{program}"
+        link = self._held[name]
         target = os.open(self._settings.cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            fresh = bpf.link_create(program, target, bpf.CGROUP_SOCK_OPS)
+            fresh = bpf.link_create(self._held[f"program_{program}"], target, hook)
         finally:
             os.close(target)
         self._held[name] = fresh
         # the old link goes with its last descriptor, when the new one has its place
         pin(fresh, self._settings.pin_dir / name)
         os.close(link)
-        return [f"{abi.SOCK_OPS} was detached from the cgroup, or given another program"]
 
     # --- what the programs go by --------------------------------------------------------------------------------------
 

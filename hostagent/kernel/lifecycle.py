@@ -88,20 +88,24 @@ def _state(settings: Settings) -> str:
     try:
         with Pins.open(directory) as pins:
             config = pins.config()
-        link = bpf.object_get(directory / f"link_{abi.SOCK_OPS}")
-        try:
-            cgroup_id = bpf.attached_cgroup(link)
-        finally:
-            os.close(link)
+        attached_to = {_attached_to(directory / f"link_{name}") for name in abi.CGROUP_HOOKS}
     except (KernelError, OSError):
         return "again"
     if config.build == 0 or config.abi != abi.ABI or config.layout != abi.layout_of(settings.sizes):
         return "again"
     try:
-        same_cgroup = settings.cgroup.stat().st_ino == cgroup_id
+        same_cgroup = attached_to == {settings.cgroup.stat().st_ino}
     except OSError as error:
         raise KernelError(f"cannot open cgroup `{settings.cgroup}`: {error.strerror}") from error
     return "keep" if same_cgroup and config.build == abi.build_of(settings, own_netns()) else "replace"
+
+
+def _attached_to(path: Path) -> int:
+    link = bpf.object_get(path)
+    try:
+        return bpf.attached_cgroup(link)
+    finally:
+        os.close(link)
 
 
 def _load(settings: Settings, *, replace: bool) -> None:

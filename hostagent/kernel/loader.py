@@ -220,8 +220,9 @@ def compile_sources(bcc: ModuleType, request: LoadRequest) -> Any:
 
 
 def load_programs(module: Any) -> dict[str, int]:
-    kinds = dict.fromkeys(abi.TRACEPOINTS, module.RAW_TRACEPOINT)
-    kinds[abi.SOCK_OPS] = module.SOCK_OPS
+    kinds = dict.fromkeys([*abi.TRACEPOINTS, *abi.TELLING_TRACEPOINTS], module.RAW_TRACEPOINT)
+    of_hooks = {bpf.CGROUP_SOCK_OPS: module.SOCK_OPS, bpf.CGROUP_INET_SOCK_CREATE: module.CGROUP_SOCK}
+    kinds |= {name: of_hooks[hook] for name, hook in abi.CGROUP_HOOKS.items()}
     kinds[ITERATOR] = module.TRACING
     programs: dict[str, int] = {}
     for name, kind in kinds.items():
@@ -234,28 +235,33 @@ def load_programs(module: Any) -> dict[str, int]:
 
 
 _NEEDS = {
-    **dict.fromkeys(abi.TRACEPOINTS, "it needs CONFIG_BPF_EVENTS and capabilities CAP_BPF and CAP_PERFMON"),
-    abi.SOCK_OPS: "it needs CONFIG_CGROUP_BPF, bpf_get_netns_cookie (Linux 5.15) and CAP_NET_ADMIN",
+    **dict.fromkeys(
+        [*abi.TRACEPOINTS, *abi.TELLING_TRACEPOINTS],
+        "it needs CONFIG_BPF_EVENTS and capabilities CAP_BPF and CAP_PERFMON",
+    ),
+    **dict.fromkeys(
+        abi.CGROUP_HOOKS, "it needs CONFIG_CGROUP_BPF, bpf_get_netns_cookie (Linux 5.15) and CAP_NET_ADMIN"
+    ),
     ITERATOR: "it needs BPF iterators (CONFIG_BPF_EVENTS, CONFIG_DEBUG_INFO_BTF)",
 }
 
 
 def attach(programs: dict[str, int], pins: Path, cgroup: Path) -> None:
-    for name, tracepoint in abi.TRACEPOINTS.items():
+    for name, tracepoint in {**abi.TRACEPOINTS, **abi.TELLING_TRACEPOINTS}.items():
         pin(programs[name], pins / f"program_{name}")
         pin(bpf.raw_tracepoint_open(tracepoint, programs[name]), pins / f"link_{name}")
-    pin(programs[abi.SOCK_OPS], pins / f"program_{abi.SOCK_OPS}")
     try:
         target = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise KernelError(f"cannot open cgroup `{cgroup}`: {error.strerror}") from error
     try:
-        link = bpf.link_create(programs[abi.SOCK_OPS], target, bpf.CGROUP_SOCK_OPS)
+        for name, hook in abi.CGROUP_HOOKS.items():
+            pin(programs[name], pins / f"program_{name}")
+            pin(bpf.link_create(programs[name], target, hook), pins / f"link_{name}")
     except OSError as error:
         raise KernelError(f"cannot attach to `{cgroup}`: {error.strerror}; it has to be a cgroup2 directory") from error
     finally:
         os.close(target)
-    pin(link, pins / f"link_{abi.SOCK_OPS}")
 
 
 def pin(fd: int, path: Path) -> None:

@@ -58,7 +58,7 @@ def test_cleanup_leaves_nothing() -> None:
         before = _everything(made.netns)
         made.load()
         ids = _ids(made)
-        assert len(ids["prog"]) == 4 and len(ids["link"]) == 4 and len(ids["map"]) == len(abi.MAPS) + 3
+        assert len(ids["prog"]) == len(abi.PROGRAMS) == len(ids["link"]) and len(ids["map"]) == len(abi.MAPS) + 3
         assert _everything(made.netns) != before
         made.pins.close()
         with namespaces.entered(made.netns):
