@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import os
 import socket
 import struct
 from collections.abc import Callable
 
+import structlog
+
 from proxy.model import Endpoint
 
+log = structlog.get_logger()
+
 BACKLOG = 4096
+ACCEPTS_AT_ONCE = 64
+"""Connections that are accepted before those that exist have their turn."""
+ACCEPT_RETRY_S = 0.1
 SO_ORIGINAL_DST = 80
 _SOCKADDR_IN = struct.Struct("!2xH4s8x")
 _SOCKADDR_IN6 = struct.Struct("!2xH4x16s4x")
@@ -49,6 +57,38 @@ def _original_destination(sock: socket.socket, peer: Endpoint) -> Endpoint | Non
     return Endpoint(str(ipaddress.ip_address(packed)), port)
 
 
-async def listen(sock: socket.socket, factory: Callable[[], asyncio.BaseProtocol]) -> asyncio.Server:
-    """Accepts on the inherited socket; `factory` makes the client side of a new session."""
-    return await asyncio.get_running_loop().create_server(factory, sock=sock, backlog=BACKLOG)
+class Listener:
+    """Accepts on the inherited socket, and gives each connection to `accepted` before a byte of it is read: a loop that
+    accepts by itself would read at once, and a client may start with its TLS handshake."""
+
+    def __init__(self, sock: socket.socket, accepted: Callable[[socket.socket], None]) -> None:
+        self._sock = sock
+        self._accepted = accepted
+        self._loop = asyncio.get_running_loop()
+        sock.setblocking(False)
+        sock.listen(BACKLOG)
+        self._watch()
+
+    def _watch(self) -> None:
+        if self._sock.fileno() >= 0:
+            self._loop.add_reader(self._sock, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(ACCEPTS_AT_ONCE):
+            try:
+                connection, _ = self._sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                # no descriptor, or no memory: what waits can wait, or be another worker's
+                log.error("cannot accept", why=os.strerror(error.errno or 0).lower())
+                self._loop.remove_reader(self._sock)
+                self._loop.call_later(ACCEPT_RETRY_S, self._watch)
+                return
+            connection.setblocking(False)
+            self._accepted(connection)
+
+    def close(self) -> None:
+        """Takes no more connections."""
+        self._loop.remove_reader(self._sock)
+        self._sock.close()

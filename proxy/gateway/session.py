@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import socket
+import ssl
 from collections import deque
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final, assert_never, cast
@@ -88,8 +89,6 @@ class Peer(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(high=HIGH_WATER)
-        if self.side is Side.CLIENT:
-            self.session.accepted(self.transport)
 
     def data_received(self, data: bytes) -> None:
         self.session.received(self.side, data)
@@ -124,6 +123,7 @@ class Session:
         self.recording: Writer | None = None
         self.operations = 0
         self.denied = 0
+        self._accepted: socket.socket | None = None
         self._dialled = Endpoint("", 0)
         self._derived: tuple[tuple[str, str], ...] = ()
         self._task: asyncio.Task[None] | None = None
@@ -149,23 +149,22 @@ class Session:
 
     # --- opening ------------------------------------------------------------------------------------------------------
 
-    def accepted(self, transport: asyncio.Transport) -> None:
+    def accepted(self, connection: socket.socket) -> None:
         """A client is there: nothing of it is read before it is known who it is."""
         if self.worker.full:
             log.warning("connection dropped", why="this worker has no room for more connections")
-            transport.abort()
+            connection.close()
             return
         self._counted = True
         self.worker.connections += 1
-        self._pause(Side.CLIENT, "opening")
+        self._accepted = connection
         self._deadline = asyncio.get_running_loop().call_later(LOGIN_TIMEOUT_S, self._login_expired)
-        self._start(self._open(transport))
+        self._start(self._open(connection))
 
-    async def _open(self, transport: asyncio.Transport) -> None:
-        sock = transport.get_extra_info("socket")
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    async def _open(self, connection: socket.socket) -> None:
         try:
-            peer, self._dialled = self.worker.endpoints(sock)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            peer, self._dialled = self.worker.endpoints(connection)
         except OSError as error:
             log.error("connection dropped", why=tls.explain(error))
             self._drop()
@@ -173,7 +172,7 @@ class Session:
         try:
             attributed, descriptor = await self.worker.link.attribute(peer, self._dialled)
         except ports.Unavailable as error:
-            self._refuse_unrecorded(error)
+            await self._refuse_unrecorded(error)
             return
         self.id = attributed.session
         self.recording = Writer(
@@ -191,12 +190,27 @@ class Session:
         if factory is None:
             self._close(f"no protocol for {self._dialled}: {attributed.refusal or 'refused'}")
             return
-        self.machine = factory(offer_tls=self.worker.offer_tls, refusal=refusal)
-        self._carry_out(self.machine.begin())
-        self._resume(Side.CLIENT, "opening")
-        self._take_early(Side.CLIENT)
+        await self._admit(factory(offer_tls=self.worker.offer_tls, refusal=refusal))
 
-    def _refuse_unrecorded(self, why: ports.Unavailable) -> None:
+    async def _admit(self, machine: base.Machine) -> None:
+        """From now on the client is read: in plain, unless the machine begins with a TLS handshake."""
+        self.machine = machine
+        self._carry_out(machine.begin())
+        if self._securing is not Side.CLIENT:
+            await self._read_client(None)
+
+    async def _read_client(self, context: ssl.SSLContext | None) -> None:
+        """Raises `OSError` when the handshake fails."""
+        if self._accepted is not None:
+            connection, self._accepted = self._accepted, None
+            await asyncio.get_running_loop().connect_accepted_socket(
+                lambda: self.client,
+                connection,
+                ssl=context,
+                ssl_handshake_timeout=upstream.HANDSHAKE_TIMEOUT_S if context else None,
+            )
+
+    async def _refuse_unrecorded(self, why: ports.Unavailable) -> None:
         """Without a recording there is no session: what is left is to say so, over TLS where a target was dialled."""
         log.error("connection refused", dialled=str(self._dialled), why=str(why))
         policy = self.worker.policy
@@ -206,13 +220,12 @@ class Session:
             self._drop()
             return
         self.target = target
-        self.machine = factory(
-            offer_tls=self.worker.offer_tls and target is not None,
-            refusal=base.Refusal(f"no connection to {self._dialled}: {why}", why.hint or HINT_AUDIT),
+        await self._admit(
+            factory(
+                offer_tls=self.worker.offer_tls and target is not None,
+                refusal=base.Refusal(f"no connection to {self._dialled}: {why}", why.hint or HINT_AUDIT),
+            )
         )
-        self._carry_out(self.machine.begin())
-        self._resume(Side.CLIENT, "opening")
-        self._take_early(Side.CLIENT)
 
     def _login_expired(self) -> None:
         limit = f"it has to be done in {LOGIN_TIMEOUT_S:g} s"
@@ -618,14 +631,11 @@ class Session:
         self._notify(base.UpstreamFailed(str(error)))
 
     async def _secure_client(self, alpn: tuple[str, ...]) -> None:
-        assert self.client.transport is not None
         try:
             name = self.target.name if self.target is not None else self._dialled.address
             context = await self.worker.serving_context(self.id, name, self._dialled, alpn)
             async with asyncio.timeout(upstream.HANDSHAKE_TIMEOUT_S):
-                secured = await asyncio.get_running_loop().start_tls(
-                    self.client.transport, self.client, context, server_side=True
-                )
+                secured = await self._shake_hands(context)
         except (OSError, ports.Unavailable) as error:
             self._note(f"no TLS with the client: {tls.explain(error)}")
             self._lose_client(f"no TLS with the client: {tls.explain(error)}")
@@ -637,10 +647,17 @@ class Session:
         secured.set_write_buffer_limits(high=HIGH_WATER)
         self._notify_secured(base.ClientSecured())
 
+    async def _shake_hands(self, context: ssl.SSLContext) -> asyncio.Transport | None:
+        """The client's transport with TLS, or None when it has left. Raises `OSError`."""
+        if self.client.transport is None:
+            await self._read_client(context)
+            return self.client.transport
+        return await asyncio.get_running_loop().start_tls(self.client.transport, self.client, context, server_side=True)
+
     def _lose_client(self, reason: str) -> None:
         """After a handshake that failed nobody tells that the socket is gone."""
-        assert self.client.transport is not None
-        self.client.transport.abort()
+        if self.client.transport is not None:
+            self.client.transport.abort()
         self.client.closed = True
         self._close(reason)
 
@@ -709,6 +726,7 @@ class Session:
             self._finish()
 
     def _close_transports(self) -> None:
+        self._forget_accepted()
         for peer in (self.client, self.server):
             if peer is not None and peer.transport is not None and not peer.closed:
                 peer.transport.close()
@@ -723,7 +741,18 @@ class Session:
             except AuditUnavailable as error:
                 self._lose_audit(error)
 
+    def _forget_accepted(self) -> None:
+        """A client that was never read, or goes before it is."""
+        if self._accepted is not None:
+            self._accepted.close()
+            self._accepted = None
+            self.client.closed = True
+            self._close("the client was not read")
+            if self.server is None or self.server.closed:
+                self._finish()
+
     def _drop(self) -> None:
+        self._forget_accepted()
         for peer in (self.client, self.server):
             if peer is not None and peer.transport is not None and not peer.closed:
                 peer.transport.abort()

@@ -192,9 +192,11 @@ async def _serve(options: argparse.Namespace) -> None:
         except (ports.Unavailable, OSError) as error:
             log.error("worker not started", why=str(error) or "no policy came")
             os._exit(1)
-        server = await listener.listen(socket.socket(fileno=options.listener), lambda: Session(worker).client)
+        accepting = listener.Listener(
+            socket.socket(fileno=options.listener), lambda connection: Session(worker).accepted(connection)
+        )
         await worker.stopping.wait()
-        server.close()
+        accepting.close()
         for session in list(worker.sessions.values()):
             session.farewell("the gateway on this host is stopping", "connect again")
         with contextlib.suppress(TimeoutError):
