@@ -8,7 +8,7 @@
  * Of each image and kind one is told, and of each kind no more than TOLD_PER_S in a second, however much is forked. What
  * the maps hold may be lost: then something is told once more.
  *
- * Blind spots: PACKET_QDISC_BYPASS and AF_XDP go past the tracepoint (hostagent/packet_sockets.py looks for the sockets).
+ * Blind spots: PACKET_QDISC_BYPASS and AF_XDP go past the tracepoint (hostagent/raw_sockets.py looks for the sockets).
  * A raw ICMP socket, which everybody's ping has, can write any header. A frame with a VLAN tag or with IPv6 extension
  * headers, and the rest of a fragmented datagram, is told as one to nowhere.
  */

@@ -41,9 +41,11 @@ from hostagent.control.store import Store
 from hostagent.credentials import CredentialFiles, mask_key
 from hostagent.declarations import INITIAL_PID_NAMESPACE, SOCKET, Declarations
 from hostagent.errors import OperatorError
+from hostagent.kernel import abi
 from hostagent.names import Names
 from hostagent.notify import notify, watchdog_interval_s
 from hostagent.policies import ActivePolicy, PolicyUnusable
+from hostagent.raw_sockets import RawSockets
 from hostagent.service import Misconduct, Service, memory_file
 from hostagent.settings import Settings
 from hostagent.visits import Visits
@@ -116,6 +118,10 @@ class Daemon:
             alert=self._alerts.alert,
         )
         self._adoption.adopt(self._scope())
+        self._events = kernel.Events.open(settings.pin_dir)
+        raw_sockets = RawSockets(
+            lineage=self.pins.lineage, guard=self._guard, name_chain=self._name_chain, alerts=self._alerts
+        )
         authority_dir = settings.state_dir / "ca"
         self.watch = Watch(
             guard=self._guard,
@@ -170,6 +176,8 @@ class Daemon:
                 tasks.create_task(self.workers.supervise()),
                 tasks.create_task(self._sweep()),
                 tasks.create_task(self.watch.run()),
+                tasks.create_task(raw_sockets.run()),
+                tasks.create_task(kernel.follow(self._events, {abi.EVENTS["EVENT_SENT_RAW"]: raw_sockets.told})),
                 tasks.create_task(self._follow_names()),
                 tasks.create_task(self._tell_when_ready()),
             ]
@@ -180,6 +188,7 @@ class Daemon:
             await declarations.stop()
             for task in background:
                 task.cancel()
+        self._events.close()
         self._guard.close()
         self._adoption.close()
         self._store.close()
