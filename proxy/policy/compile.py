@@ -9,11 +9,16 @@ import ipaddress
 from collections.abc import Iterable
 
 from proxy.masking import masker
-from proxy.model import UNATTRIBUTED, ColumnMask, Decision, Endpoint, Reason, Ruling, Target
+from proxy.model import UNATTRIBUTED, ColumnMask, Decision, Endpoint, FieldMask, Reason, Ruling, Target
 from proxy.policy import vocabulary
-from proxy.policy.decide import CompiledRule, HopRules, Judge
-from proxy.policy.document import MASK_METHODS, Mask, ResolvedPolicy, Rule
+from proxy.policy.conditions import Condition
+from proxy.policy.decide import Hop, Judge
+from proxy.policy.document import MASK_METHODS, Mask, ObjectMask, Requests, ResolvedPolicy, Rule
+from proxy.policy.fields import parse_field
 from proxy.policy.names import FunctionPattern, RelationPattern
+from proxy.policy.requests import RequestHop, RequestMask, RequestRule
+from proxy.policy.resources import Glob, ResourcePattern, expand
+from proxy.policy.statements import StatementHop, StatementRule
 
 MAX_JUDGES = 1024
 """Judges one policy keeps: one a chain and target."""
@@ -40,12 +45,17 @@ class CompiledPolicy:
             key=lambda each: each[0].prefixlen,
             reverse=True,
         )
-        self._rules = [(rule, _compile(rule)) for rule in resolved.rules]
+        self._rules = [(rule, _compile(rule)) for rule in resolved.rules if rule.requests is None]
+        protected = frozenset(resolved.protected_ports)
+        self._request_rules = [
+            (rule, _compile_requests(rule, rule.requests, protected) if rule.requests is not None else None)
+            for rule in resolved.rules
+        ]
+        # What is hidden is left out: the function is there for what should never be shown.
         self._maskers = {
-            method: masker(method, mask_key)
-            for method in {mask.method for rule in resolved.rules for mask in rule.masks}
+            method: masker("redact" if method == "hide" else method, mask_key) for method in (*MASK_METHODS, "hide")
         }
-        self._hops: dict[tuple[str, str], HopRules] = {}
+        self._hops: dict[tuple[str, str], Hop] = {}
         self._judges: dict[tuple[tuple[str, ...], str], Judge] = {}
 
     def target_at(self, endpoint: Endpoint) -> Target | None:
@@ -70,10 +80,12 @@ class CompiledPolicy:
         if judge is None:
             if not principals:
                 raise ValueError("a chain without principals: it would be met over nothing")
-            hops = tuple(self._hop(principal, target.name) for principal in principals)
+            hops = tuple(self._hop(principal, target) for principal in principals)
             if len(self._judges) >= MAX_JUDGES:
                 self._judges.clear()
-            judge = self._judges[key] = Judge(self.version, target.name, hops, self._met_masks(hops))
+            judge = self._judges[key] = Judge(
+                self.version, target.name, hops, self._met_masks(hops), self._met_field_masks(hops)
+            )
         return judge
 
     def login(self, principals: tuple[str, ...], target: Target, database: str) -> Ruling:
@@ -81,7 +93,7 @@ class CompiledPolicy:
         to be one of the target's. Startup parameters are the protocol's to judge."""
         reasons: list[Reason] = []
         for principal in principals:
-            hop = self._hop(principal, target.name)
+            hop = self._hop(principal, target)
             granting = [rule.name for rule in (*hop.allows, *hop.holds)]
             if granting:
                 reasons.append(Reason(principal, granting[0], Decision.ALLOW, f"agent `{principal}` may log in"))
@@ -103,25 +115,51 @@ class CompiledPolicy:
             policy_version=self.version,
         )
 
-    def _hop(self, principal: str, target: str) -> HopRules:
-        hop = self._hops.get((principal, target))
+    def _hop(self, principal: str, target: Target) -> Hop:
+        hop = self._hops.get((principal, target.name))
         if hop is None:
-            hop = _hop_rules(principal, target, self._rules if principal in self.agents else ())
-            if principal in self.agents:
-                self._hops[principal, target] = hop
+            known = principal in self.agents
+            if target.protocol == "kubernetes":
+                hop = _request_hop(principal, target.name, self._request_rules if known else ())
+            else:
+                hop = _statement_hop(principal, target.name, self._rules if known else ())
+            if known:
+                self._hops[principal, target.name] = hop
         return hop
 
-    def _met_masks(self, hops: Iterable[HopRules]) -> tuple[ColumnMask, ...]:
+    def _met_masks(self, hops: Iterable[Hop]) -> tuple[ColumnMask, ...]:
         """For each column the strictest method of any hop."""
         strictest: dict[tuple[str, str, str], Mask] = {}
         for hop in hops:
-            for mask, _ in hop.masks:
+            for mask, _ in hop.masks if isinstance(hop, StatementHop) else ():
                 key = (mask.schema, mask.relation, mask.column)
                 known = strictest.setdefault(key, mask)
                 strictest[key] = min(known, mask, key=lambda each: MASK_METHODS.index(each.method))
         return tuple(
             ColumnMask(mask.schema, mask.relation, mask.column, mask.method, self._maskers[mask.method])
             for _, mask in sorted(strictest.items())
+        )
+
+    def _met_field_masks(self, hops: Iterable[Hop]) -> tuple[FieldMask, ...]:
+        """All of what is hidden, then for each field of the same objects the strictest method of any hop, the strictest
+        first."""
+        strictness = ("hide", *MASK_METHODS)
+        masks = [mask.written for hop in hops if isinstance(hop, RequestHop) for mask in hop.masks]
+        strictest: dict[tuple[object, ...], ObjectMask] = {}
+        for mask in sorted(masks, key=lambda each: strictness.index(each.method)):
+            strictest.setdefault((mask.method == "hide", mask.resource, mask.namespaces, mask.names, mask.field), mask)
+        return tuple(
+            FieldMask(mask.resource, mask.namespaces, mask.names, mask.field, mask.method, self._maskers[mask.method])
+            for mask in sorted(
+                strictest.values(),
+                key=lambda each: (
+                    strictness.index(each.method),
+                    each.resource,
+                    each.field,
+                    each.namespaces,
+                    each.names,
+                ),
+            )
         )
 
 
@@ -131,10 +169,10 @@ _LOGIN_HINTS = {
 }
 
 
-def _compile(rule: Rule) -> CompiledRule | None:
+def _compile(rule: Rule) -> StatementRule | None:
     if rule.decision is None:
         return None
-    return CompiledRule(
+    return StatementRule(
         name=rule.name,
         decision=_DECISIONS[rule.decision],
         kinds=frozenset[str]().union(*map(vocabulary.expand, rule.statements)),
@@ -145,24 +183,79 @@ def _compile(rule: Rule) -> CompiledRule | None:
     )
 
 
-def _hop_rules(principal: str, target: str, rules: Iterable[tuple[Rule, CompiledRule | None]]) -> HopRules:
-    here = [
-        (rule, compiled)
-        for rule, compiled in rules
-        if (principal in rule.agents or ("*" in rule.agents and principal != UNATTRIBUTED))
-        and (target in rule.targets or "*" in rule.targets)
-    ]
+def _compile_requests(rule: Rule, requests: Requests, protected: frozenset[int]) -> RequestRule | None:
+    if rule.decision is None:
+        return None
+    return RequestRule(
+        name=rule.name,
+        decision=_DECISIONS[rule.decision],
+        verbs=expand(requests.verbs, paths=bool(requests.paths)),
+        every_verb="*" in requests.verbs,
+        resources=tuple(map(ResourcePattern.parse, requests.resources)),
+        paths=tuple(map(Glob.parse, requests.paths)),
+        namespaces=tuple(map(Glob.parse, requests.namespaces)),
+        names=tuple(map(Glob.parse, requests.names)),
+        commands=tuple(map(Glob.parse, requests.commands)),
+        ports=frozenset(requests.ports),
+        where=tuple(
+            Condition(
+                each.path,
+                parse_field(each.path),
+                tuple(map(Glob.parse, each.within)),
+                tuple(map(Glob.parse, each.outside)),
+                each.absent,
+            )
+            for each in requests.where
+        ),
+        protected=protected,
+        timeout_s=rule.timeout_s,
+        hint=rule.hint,
+    )
 
-    def having(decision: Decision) -> tuple[CompiledRule, ...]:
-        return tuple(compiled for _, compiled in here if compiled is not None and compiled.decision == decision)
 
-    return HopRules(
+def _compile_mask(mask: ObjectMask, rule: str) -> RequestMask:
+    return RequestMask(
+        rule=rule,
+        written=mask,
+        namespaces=tuple(map(Glob.parse, mask.namespaces)),
+        names=tuple(map(Glob.parse, mask.names)),
+        path=parse_field(mask.field) if mask.field else (),
+    )
+
+
+def _is_for(rule: Rule, principal: str, target: str) -> bool:
+    return (principal in rule.agents or ("*" in rule.agents and principal != UNATTRIBUTED)) and (
+        target in rule.targets or "*" in rule.targets
+    )
+
+
+def _statement_hop(principal: str, target: str, rules: Iterable[tuple[Rule, StatementRule | None]]) -> StatementHop:
+    here = [(rule, compiled) for rule, compiled in rules if _is_for(rule, principal, target)]
+    by_decision: dict[Decision, list[StatementRule]] = {decision: [] for decision in Decision}
+    for _, compiled in here:
+        if compiled is not None:
+            by_decision[compiled.decision].append(compiled)
+    return StatementHop(
         agent=principal,
-        target=target,
-        denies=having(Decision.DENY),
-        holds=having(Decision.HOLD),
-        allows=having(Decision.ALLOW),
+        denies=tuple(by_decision[Decision.DENY]),
+        holds=tuple(by_decision[Decision.HOLD]),
+        allows=tuple(by_decision[Decision.ALLOW]),
         masks=tuple((mask, rule.name) for rule, _ in here for mask in rule.masks),
+    )
+
+
+def _request_hop(principal: str, target: str, rules: Iterable[tuple[Rule, RequestRule | None]]) -> RequestHop:
+    here = [(rule, compiled) for rule, compiled in rules if _is_for(rule, principal, target)]
+    by_decision: dict[Decision, list[RequestRule]] = {decision: [] for decision in Decision}
+    for _, compiled in here:
+        if compiled is not None:
+            by_decision[compiled.decision].append(compiled)
+    return RequestHop(
+        agent=principal,
+        denies=tuple(by_decision[Decision.DENY]),
+        holds=tuple(by_decision[Decision.HOLD]),
+        allows=tuple(by_decision[Decision.ALLOW]),
+        masks=tuple(_compile_mask(mask, rule.name) for rule, _ in here for mask in rule.object_masks),
     )
 
 

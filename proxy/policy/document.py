@@ -21,17 +21,23 @@ from proxy.model import Endpoint, Prefix, Target, TlsMode
 DEFAULT_HOLD_S = 60.0
 """How long a hold waits when the rule does not say: short, since inside a transaction it holds locks."""
 
-DEFAULT_PORTS = {"postgresql": 5432}
+DEFAULT_PORTS = {"postgresql": 5432, "kubernetes": 6443}
 """Port of an address that has none, by protocol; its keys are the protocols there are."""
 
 MASK_METHODS = ("redact", "hash", "partial")
 """Strictest first."""
 
-ProtocolName = Literal["postgresql"]
+ProtocolName = Literal["postgresql", "kubernetes"]
 DecisionName = Literal["allow", "deny", "hold"]
 MaskMethod = Literal["redact", "hash", "partial"]
+ObjectMaskMethod = Literal["redact", "hash", "partial", "hide"]
 Words = str | tuple[str, ...]
 Duration = Annotated[str, msgspec.Meta(pattern="^[0-9]+(ms|s|m|h)$", description="for example 60s or 5m")]
+
+
+def words(value: Words) -> tuple[str, ...]:
+    """One word may be written without a list."""
+    return ((value,) if value else ()) if isinstance(value, str) else value
 
 
 class PolicyError(Exception):
@@ -67,7 +73,7 @@ class TlsEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class TargetEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """A database under protection."""
+    """A database or API server under protection."""
 
     protocol: ProtocolName
     addresses: Annotated[Words, msgspec.Meta(description="host, network/prefix, either with :port; v6 in brackets")]
@@ -78,22 +84,45 @@ class TargetEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class MaskEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One masked column."""
+    """One masked column of a database, or one masked field of objects of an API server."""
 
-    column: Annotated[str, msgspec.Meta(description="schema.relation.column, as the catalog spells it")]
-    method: MaskMethod
+    method: Annotated[ObjectMaskMethod, msgspec.Meta(description="`hide` leaves objects out; it is for `resource`")]
+    column: Annotated[str, msgspec.Meta(description="schema.relation.column, as the catalog spells it")] = ""
+    resource: Annotated[str, msgspec.Meta(description="Kubernetes: resource as kubectl spells it, or *")] = ""
+    field: Annotated[str, msgspec.Meta(description="path as in spec.containers[*].image, data.*")] = ""
+    namespaces: Annotated[Words, msgspec.Meta(description="globs; default: any")] = ()
+    names: Annotated[Words, msgspec.Meta(description="globs on the object's name; default: any")] = ()
+
+
+class ConditionEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True, rename={"within": "in"}):
+    """A condition on the body of a request."""
+
+    path: Annotated[str, msgspec.Meta(description="path as in spec.containers[*].image")]
+    within: Annotated[Words, msgspec.Meta(description="globs that the values have to meet")] = ()
+    not_in: Annotated[Words, msgspec.Meta(description="globs that the values may not meet")] = ()
+    absent: Annotated[bool, msgspec.Meta(description="there may be no value; alone: there has to be none")] = False
 
 
 class RuleEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Says a decision on statements, or masks columns, or both."""
+    """Says a decision on statements or requests, or masks columns or fields, or both."""
 
     name: str
     agents: Annotated[Words, msgspec.Meta(description="agent names, or * for all agents (not `unattributed`)")]
     targets: Annotated[Words, msgspec.Meta(description="target names, or *")]
     decision: DecisionName | None = None
-    statements: Annotated[Words, msgspec.Meta(description="statement kinds, groups, globs, or *")] = ()
-    relations: Annotated[Words, msgspec.Meta(description="schema.relation, * allowed; default: any")] = ()
-    functions: Annotated[Words, msgspec.Meta(description="functions beyond the safe built-in ones")] = ()
+    statements: Annotated[Words, msgspec.Meta(description="SQL: statement kinds, groups, globs, or *")] = ()
+    relations: Annotated[Words, msgspec.Meta(description="SQL: schema.relation, * allowed; default: any")] = ()
+    functions: Annotated[Words, msgspec.Meta(description="SQL: functions beyond the safe built-in ones")] = ()
+    verbs: Annotated[Words, msgspec.Meta(description="Kubernetes: RBAC verbs, read, write, or *")] = ()
+    resources: Annotated[Words, msgspec.Meta(description="Kubernetes: pods, deployments.apps, pods/log, or *")] = ()
+    paths: Annotated[Words, msgspec.Meta(description="Kubernetes: globs on other paths, in place of resources")] = ()
+    namespaces: Annotated[Words, msgspec.Meta(description="Kubernetes: globs; default: any, and none")] = ()
+    names: Annotated[Words, msgspec.Meta(description="Kubernetes: globs on the object's name")] = ()
+    commands: Annotated[Words, msgspec.Meta(description="Kubernetes exec: globs on the command")] = ()
+    ports: Annotated[int | tuple[int, ...], msgspec.Meta(description="Kubernetes port-forward: ports in the pod")] = ()
+    where: Annotated[
+        tuple[ConditionEntry, ...], msgspec.Meta(description="Kubernetes create, update, patch: all have to hold")
+    ] = ()
     timeout: Duration | None = None
     hint: Annotated[str, msgspec.Meta(description="what the denied person may do next")] = ""
     masks: tuple[MaskEntry, ...] = ()
@@ -106,7 +135,8 @@ class PolicyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     targets: dict[str, TargetEntry] = {}
     rules: tuple[RuleEntry, ...] = ()
     protect: Annotated[
-        dict[int, ProtocolName], msgspec.Meta(description="ports that are redirected for any address; adds to 5432")
+        dict[int, ProtocolName],
+        msgspec.Meta(description="ports that are redirected for any address; adds to 5432 and 6443"),
     ] = {}
 
 
@@ -135,8 +165,42 @@ class Mask(msgspec.Struct, frozen=True):
     method: MaskMethod
 
 
+class ObjectMask(msgspec.Struct, frozen=True):
+    """A masked field of objects, and the method; with `hide` the objects themselves, and no field."""
+
+    resource: str
+    namespaces: tuple[str, ...]
+    names: tuple[str, ...]
+    field: str
+    method: ObjectMaskMethod
+
+
+class Where(msgspec.Struct, frozen=True):
+    """A condition on a request's body. `absent` alone: there is no value at the path; beside globs: there may be
+    none."""
+
+    path: str
+    within: tuple[str, ...]
+    outside: tuple[str, ...]
+    absent: bool
+
+
+class Requests(msgspec.Struct, frozen=True):
+    """What a rule says of requests to an API server, of `resources` or of other `paths`. Empty: any."""
+
+    verbs: tuple[str, ...]
+    resources: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+    namespaces: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+    commands: tuple[str, ...] = ()
+    ports: tuple[int, ...] = ()
+    where: tuple[Where, ...] = ()
+
+
 class Rule(msgspec.Struct, frozen=True):
-    """One rule. `agents` and `targets` are names or `("*",)`. Empty `relations`: any. `decision` None: only masks."""
+    """One rule, in the words of one protocol. `agents` and `targets` are names or `("*",)`. Empty `relations`: any.
+    `decision` None: only masks."""
 
     name: str
     agents: tuple[str, ...]
@@ -148,6 +212,8 @@ class Rule(msgspec.Struct, frozen=True):
     timeout_s: float
     hint: str
     masks: tuple[Mask, ...]
+    requests: Requests | None = None
+    object_masks: tuple[ObjectMask, ...] = ()
 
 
 class Host(msgspec.Struct, frozen=True):

@@ -1,5 +1,6 @@
-"""What drivers do by themselves: the built-in class that is allowed unless a rule denies it. Denying it breaks every
-ORM.
+"""What clients do by themselves: the built-in class that is allowed unless a rule denies it.
+
+Of SQL drivers, since denying it breaks every ORM:
 
 - transactions: `begin`, `commit`, `rollback`, `savepoint`, `release`, `rollback-to`, `set-constraints`
 - what was ruled on before: `execute`, `fetch`, `move`, `close`, `deallocate`, `discard`; `prepare` itself (its
@@ -11,11 +12,16 @@ ORM.
 Not in the class: settings that change what a name or a literal means (`search_path`, `standard_conforming_strings`),
 who acts (`role`, `session_authorization`), or what is checked (`row_security`,
 `session_replication_role`). Those no rule can allow.
+
+Of Kubernetes clients: discovery (which resources there are, the API's description, version and health), and asking what
+one may do oneself; the answer tells what the gateway's credential may.
 """
 
 from __future__ import annotations
 
-from proxy.model import Relation, StatementFacts
+import re
+
+from proxy.model import Relation, RequestFacts, StatementFacts
 from proxy.policy import catalog
 
 KINDS = frozenset(
@@ -122,3 +128,22 @@ def covers(facts: StatementFacts, kind: str, relation: Relation | None) -> bool:
             return facts.parameter not in SECRET_PARAMETERS and "." not in facts.parameter
         case _:
             return False
+
+
+_DISCOVERY = re.compile(
+    r"/(api(/[^/]+)?|apis(/[^/]+){0,2}|openapi/v[23](/.+)?|version|(healthz|livez|readyz)(/[^/]+)*)/?"
+)
+_SELF_REVIEWS = frozenset(
+    {
+        ("authorization.k8s.io", "selfsubjectaccessreviews"),
+        ("authorization.k8s.io", "selfsubjectrulesreviews"),
+        ("authentication.k8s.io", "selfsubjectreviews"),
+    }
+)
+
+
+def covers_request(facts: RequestFacts) -> bool:
+    """Whether a request to an API server belongs to the class."""
+    if not facts.resource:
+        return facts.verb in ("get", "head") and _DISCOVERY.fullmatch(facts.path) is not None
+    return facts.verb == "create" and not facts.subresource and (facts.group, facts.resource) in _SELF_REVIEWS

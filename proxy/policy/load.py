@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from proxy.model import UNATTRIBUTED, TlsMode
-from proxy.policy import names, vocabulary
+from proxy.policy import names, terms, vocabulary
 from proxy.policy.document import (
     DEFAULT_HOLD_S,
     DEFAULT_PORTS,
@@ -35,8 +35,8 @@ from proxy.policy.document import (
     Rule,
     RuleEntry,
     TargetEntry,
-    Words,
     numeric_address,
+    words,
 )
 from proxy.policy.source import Source, listed
 
@@ -95,7 +95,9 @@ class _Merge:
         document = Document(
             agents=tuple(self._agent(name, source, entry, agents.keys()) for name, (source, entry) in agents.items()),
             targets=tuple(self._target(name, source, entry) for name, (source, entry) in targets.items()),
-            rules=self._rules(agents.keys() | {UNATTRIBUTED}, targets.keys()),
+            rules=self._rules(
+                agents.keys() | {UNATTRIBUTED}, {name: entry.protocol for name, (_, entry) in targets.items()}
+            ),
             protected_ports=self._ports(),
             files=tuple(str(source.path) for source in self._sources),
         )
@@ -146,6 +148,13 @@ class _Merge:
         named = [host.host for host in hosts if not host.numeric] or [host.host for host in hosts if not host.network]
         if not entry.credential:
             self._complain(at("credential"), "`credential` is empty: name an entry of the credential source")
+        if entry.protocol == "kubernetes":
+            if entry.tls.mode not in (TlsMode.VERIFY_FULL, TlsMode.VERIFY_CA):
+                self._complain(
+                    at("tls", "mode"), f"`{entry.tls.mode}`: an API server is spoken to by verify-full or verify-ca"
+                )
+            if entry.databases:
+                self._complain(at("databases"), "an API server has no `databases`: use `namespaces` in rules")
         return NamedTarget(
             name=name,
             protocol=entry.protocol,
@@ -176,7 +185,7 @@ class _Merge:
             self._complain(place, f"CA file `{path}` holds a private key: keep that elsewhere")
         return text
 
-    def _rules(self, agents: Iterable[str], targets: Iterable[str]) -> tuple[Rule, ...]:
+    def _rules(self, agents: Iterable[str], targets: Mapping[str, str]) -> tuple[Rule, ...]:
         rules: list[Rule] = []
         places: dict[str, str] = {}
         for source in self._sources:
@@ -187,11 +196,11 @@ class _Merge:
                 if entry.name in places:
                     self._complain(place, f"rule `{entry.name}` is defined twice (first at {places[entry.name]})")
                 places.setdefault(entry.name, place)
-                rules.append(self._rule(source, index, entry, set(agents), set(targets)))
+                rules.append(self._rule(source, index, entry, set(agents), targets))
         return tuple(rules)
 
     def _rule(
-        self, source: Source[PolicyFile], index: int, entry: RuleEntry, agents: set[str], targets: set[str]
+        self, source: Source[PolicyFile], index: int, entry: RuleEntry, agents: set[str], targets: Mapping[str, str]
     ) -> Rule:
         def at(*key: str | int) -> str:
             return source.place("rules", index, *key)
@@ -223,10 +232,13 @@ class _Merge:
         for key, length in (("relations", entry.relations), ("functions", entry.functions)):
             if length and not statements:
                 self._complain(at(key), f"`{key}` without `statements` in rule `{entry.name}`")
-        if entry.decision is None and (statements or not entry.masks):
+        protocol = self._protocol_of(entry, at, targets)
+        decides = entry.verbs if protocol == "kubernetes" else statements
+        if entry.decision is None and (decides or not entry.masks):
             self._complain(at(), f"rule `{entry.name}` has no `decision`: allow, deny or hold")
-        if entry.decision is not None and not statements:
-            self._complain(at("decision"), f"rule `{entry.name}` decides on no `statements`")
+        if entry.decision is not None and not decides:
+            wanted = "`verbs`" if protocol == "kubernetes" else "`statements` (and no `verbs`, for an API server)"
+            self._complain(at("decision"), f"rule `{entry.name}` decides on no {wanted}")
         if entry.timeout is not None and entry.decision != "hold":
             self._complain(at("timeout"), f"`timeout` is for `hold`, rule `{entry.name}` is none")
         timeout_s = _seconds(entry.timeout) if entry.timeout else DEFAULT_HOLD_S
@@ -235,7 +247,7 @@ class _Merge:
         return Rule(
             name=entry.name,
             agents=check("agents", known("agent", agents), empty=False),
-            targets=check("targets", known("target", targets), empty=False),
+            targets=check("targets", known("target", set(targets)), empty=False),
             decision=entry.decision,
             statements=statements,
             relations=check("relations", names.RelationPattern.parse),
@@ -243,11 +255,54 @@ class _Merge:
             timeout_s=timeout_s,
             hint=" ".join(entry.hint.split()),
             masks=tuple(self._masks(entry.masks, at)),
+            requests=terms.RequestTerms(entry, at, self._complain).checked() if entry.verbs else None,
+            object_masks=tuple(
+                terms.object_masks(
+                    [(index, mask) for index, mask in enumerate(entry.masks) if mask.resource], at, self._complain
+                )
+            ),
         )
+
+    def _protocol_of(self, entry: RuleEntry, at: Callable[..., str], targets: Mapping[str, str]) -> str:
+        """The protocol in whose words the rule is written, complaining about words and targets of another one."""
+        said: dict[str, list[tuple[str, str]]] = {"postgresql": [], "kubernetes": []}
+        for key in ("statements", "relations", "functions", *terms.KEYS):
+            if getattr(entry, key) not in ((), ""):
+                said["kubernetes" if key in terms.KEYS else "postgresql"].append((key, at(key)))
+        for index, mask in enumerate(entry.masks):
+            said["kubernetes" if mask.resource else "postgresql"].append(("masks", at("masks", index)))
+        requests = said["kubernetes"]
+        if requests and said["postgresql"]:
+            key, place = max(requests[0], said["postgresql"][0], key=lambda each: int(each[1].rpartition(":")[2]))
+            self._complain(place, f"rule `{entry.name}` speaks of SQL and of requests: `{key}` belongs in another rule")
+        protocol = "kubernetes" if requests else "postgresql"
+        if said[protocol]:
+            key = said[protocol][0][0]
+            for index, name in enumerate(words(entry.targets)):
+                if targets.get(name, protocol) != protocol:
+                    self._complain(
+                        at("targets", index), f"target `{name}` is `{targets[name]}`, `{key}` in `{entry.name}` is not"
+                    )
+        if requests and not entry.verbs and requests[0][0] != "masks":
+            self._complain(requests[0][1], f"`{requests[0][0]}` without `verbs` in rule `{entry.name}`")
+        return protocol
 
     def _masks(self, entries: tuple[MaskEntry, ...], at: Callable[..., str]) -> Iterable[Mask]:
         seen: set[tuple[str, str, str]] = set()
         for index, entry in enumerate(entries):
+            if bool(entry.column) is bool(entry.resource):
+                wanted = "a mask needs `column`, or `resource` and `field`, and not both"
+                self._complain(at("masks", index), wanted)
+            if entry.resource:
+                continue
+            for key in ("field", "namespaces", "names"):
+                if getattr(entry, key):
+                    self._complain(at("masks", index, key), f"`{key}` of a mask is for a `resource`, not for a column")
+            if entry.method == "hide":
+                self._complain(at("masks", index, "method"), "`hide` is for a `resource`, not for a column")
+                continue
+            if not entry.column:
+                continue
             try:
                 column = names.split_column(entry.column)
             except names.BadName as error:
@@ -271,11 +326,6 @@ class _Merge:
                 elif ports.setdefault(port, protocol) != protocol:
                     self._complain(source.place("protect", str(port)), f"port `{port}` is `{ports[port]}` already")
         return ports
-
-
-def words(value: Words) -> tuple[str, ...]:
-    """One word may be written without a list."""
-    return ((value,) if value else ()) if isinstance(value, str) else value
 
 
 def _seconds(text: str) -> float:

@@ -188,6 +188,10 @@ class Source(Generic[T]):
                 if node.tag != "tag:yaml.org,2002:int" or not re.fullmatch(r"-?[0-9]{1,12}", value):
                     return self._complain(node, f"`{_last(path)}` wants a number, `{value}` is {given}")
                 return int(value)
+            case msgspec.inspect.BoolType():
+                if node.tag != "tag:yaml.org,2002:bool" or value not in ("true", "false"):
+                    return self._complain(node, f"`{_last(path)}` wants true or false, `{value}` is {given}")
+                return value == "true"
             case msgspec.inspect.LiteralType():
                 if value not in shape.values:
                     return self._complain(node, f"`{_last(path)}` cannot be `{value}`: wants {listed(shape.values)}")

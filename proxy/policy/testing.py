@@ -25,8 +25,8 @@ import msgspec
 
 from proxy.model import Decision, Operation, Ruling
 from proxy.policy.compile import CompiledPolicy
-from proxy.policy.document import DecisionName, PolicyError, Words, resolve
-from proxy.policy.load import load_files, words
+from proxy.policy.document import DecisionName, PolicyError, Words, resolve, words
+from proxy.policy.load import load_files
 from proxy.policy.source import Source
 
 Describe = Callable[[str], Operation]

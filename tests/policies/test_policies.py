@@ -36,7 +36,7 @@ def test_every_example_has_tests() -> None:
 def test_the_default_policy_names_nobody() -> None:
     document = load_files([POLICIES / "default.yaml"])
     assert (document.agents, document.targets, document.rules) == ((), (), ())
-    assert document.protected_ports == {5432: "postgresql"}
+    assert document.protected_ports == {5432: "postgresql", 6443: "kubernetes"}
 
 
 def test_the_schema_is_current() -> None:

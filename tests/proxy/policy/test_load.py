@@ -71,7 +71,7 @@ def test_what_is_written_is_what_is_loaded(tmp_path: Path) -> None:
     assert (read.decision, read.timeout_s, read.hint) == ("hold", 300.0, "ask in #dba")
     assert read.relations == ("public.customers", 'public."odd.name"', "s.*")
     assert (mask.decision, mask.masks) == (None, (Mask("public", "customers", "email", "partial"),))
-    assert document.protected_ports == {5432: "postgresql", 6432: "postgresql"}
+    assert document.protected_ports == {5432: "postgresql", 6432: "postgresql", 6443: "kubernetes"}
 
 
 def test_addresses_are_resolved_and_canonical(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_the_version_is_of_the_content_and_not_of_its_order(tmp_path: Path) -> N
         ("agents:\n  '*': {exe: /a}", "p.yaml:2: `*` cannot be a name"),
         ("agents: {A: [x]}", "p.yaml:1: `A` wants `key: value` lines"),
         ("protect: {0: postgresql}", "p.yaml:1: `0` is not a port"),
-        ("protect: {5432: mysql}", "p.yaml:1: `5432` cannot be `mysql`: wants `postgresql`"),
+        ("protect: {5432: mysql}", "p.yaml:1: `5432` cannot be `mysql`: wants `kubernetes`, `postgresql`"),
     ],
 )
 def test_a_mistake_is_said_with_file_and_line(tmp_path: Path, text: str, said: str) -> None:
@@ -243,7 +243,7 @@ def test_a_broken_file_does_not_make_others_look_wrong(tmp_path: Path) -> None:
 def test_no_directory_and_an_empty_one(tmp_path: Path) -> None:
     with pytest.raises(PolicyError, match="no such directory"):
         load(tmp_path / "missing")
-    assert load(tmp_path) == Document((), (), (), {5432: "postgresql"}, ())
+    assert load(tmp_path) == Document((), (), (), {5432: "postgresql", 6443: "kubernetes"}, ())
 
 
 def test_a_name_that_does_not_resolve_is_said_with_its_place(tmp_path: Path) -> None:
