@@ -1,9 +1,10 @@
 """Composition root of the host agent: what is started in which order, what is watched, and what stays when it ends.
 
-    policy, CA, store      nothing of the kernel is touched before these are there,
-    port, control socket   and these are ours
+    port, control socket   nothing is touched before these are ours: there is no other daemon
+    workers' processes     they load their code meanwhile, and wait
+    policy, CA, store      nothing of the kernel is touched before these are there
     kernel                 hooks attached and pinned (or found pinned), older processes seeded, rules in: closed so far
-    listener, workers      connections are served once the workers are exempt from the redirect
+    workers                connections are served once the workers are exempt from the redirect
     READY
 
 When the daemon ends, in whatever way, hooks and rules stay: connections are refused until it is back. `hopgate cleanup`
@@ -84,6 +85,23 @@ class Daemon:
         account(settings.worker_user)
         for directory in (settings.state_dir, settings.run_dir):
             _make(directory)
+        listener = _listening_socket(settings.listen_port)
+        control = ControlServer(settings.control_socket, self)
+        control.claim()
+        muster = socket.create_server(("127.0.0.1", 0))
+        self._muster = endpoint(*muster.getsockname()[:2])
+        self._kernel_settings = _kernel_settings(settings)
+        self.workers = Workers(
+            settings,
+            listener=listener,
+            muster=muster,
+            cgroup=self._kernel_settings.worker_cgroup,
+            on_start=self._worker_started,
+            on_message=self._from_worker,
+            on_gone=self._worker_gone,
+        )
+        self.workers.launch()
+
         key = await self._prepared(lambda: mask_key(settings.state_dir))
         self._alerts = Alerts(settings.state_dir / "alerts")
         self._names = Names(alert=self._alerts.alert)
@@ -103,12 +121,6 @@ class Daemon:
         self.approvals = Approvals(self._store)
         await self._prepared(self.approvals.recover)
 
-        listener = _listening_socket(settings.listen_port)
-        control = ControlServer(settings.control_socket, self)
-        control.claim()
-        muster = socket.create_server(("127.0.0.1", 0))
-        self._kernel_settings = _kernel_settings(settings)
-        self._muster = endpoint(*muster.getsockname()[:2])
         self.pins = await asyncio.to_thread(kernel.start, self._kernel_settings, self._scope())
         self._attribution = Attribution(self.pins, AgentMatcher(self.policy.resolved.agents))
         self._guard = await asyncio.to_thread(kernel.Guard, self._kernel_settings, self.pins, self._scope())
@@ -135,14 +147,6 @@ class Daemon:
 
         async with asyncio.TaskGroup() as tasks:
             self._tasks = tasks
-            self.workers = Workers(
-                settings,
-                listener=listener,
-                muster=muster,
-                cgroup=self._kernel_settings.worker_cgroup,
-                on_message=self._from_worker,
-                on_gone=self._worker_gone,
-            )
             self._visits = Visits(lambda: self.policy.targets.values(), self._any_worker)
             self.service = Service(
                 policy=self.policy,
@@ -261,6 +265,12 @@ class Daemon:
 
     # --- workers ------------------------------------------------------------------------------------------------------
 
+    def _worker_started(self, worker: WorkerProcess) -> None:
+        try:
+            self._send_policy([worker])
+        except OSError as error:
+            self.workers.kill(worker, f"its policy cannot be sent: {error.strerror}")
+
     def _from_worker(self, worker: WorkerProcess, message: ports.FromWorker) -> None:
         try:
             self.service.handle(worker, message)
@@ -291,7 +301,6 @@ class Daemon:
         worker.node = taken.node
         self.pins.exempt(taken.node)
         worker.channel.send(ports.Begin(id=message.id))
-        self._send_policy([worker])
         worker.serving = True
         self._serving.set()
 

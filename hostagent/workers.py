@@ -1,6 +1,6 @@
 """Starts the proxy workers, keeps them running, and ends them.
 
-    starting --(mustered, exempt, has its policy)--> serving --(exit)--> gone --(back-off)--> starting
+    launched --(heard from, has its policy, mustered, exempt)--> serving --(exit)--> gone --(back-off)--> launched
 
 A worker that dies takes its connections with it, and nothing else: its sessions are closed from their recordings, its
 cancel keys are released, and another one is started. The listening socket is ours, so clients meanwhile wait or go to
@@ -10,6 +10,7 @@ the others.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pwd
 import signal
@@ -28,8 +29,9 @@ from proxy.gateway.channel import Channel, decoder
 
 log = structlog.get_logger()
 
-RESTART_DELAYS_S = (0.05, 0.2, 1.0, 5.0)
-"""Waits before the next start, after deaths that follow each other within `STEADY_S`."""
+RESTART_DELAYS_S = (0.05, 0.2, 1.0)
+"""Waits before the next start, after deaths that follow each other within `STEADY_S`. Whoever can make a worker die
+again and again does not keep it away for longer than the last."""
 STEADY_S = 30.0
 STOP_TIMEOUT_S = 5.0
 
@@ -63,7 +65,8 @@ class WorkerProcess:
 
 
 class Workers:
-    """`on_message(worker, message)` answers what a worker asks; `on_gone(worker)` cleans up after one."""
+    """`on_start(worker)` gives a new worker its policy, `on_message(worker, message)` answers what it asks,
+    `on_gone(worker)` cleans up after it."""
 
     def __init__(
         self,
@@ -72,6 +75,7 @@ class Workers:
         listener: socket.socket,
         muster: socket.socket,
         cgroup: Path,
+        on_start: Callable[[WorkerProcess], None],
         on_message: Callable[[WorkerProcess, ports.FromWorker], None],
         on_gone: Callable[[WorkerProcess], None],
     ) -> None:
@@ -81,16 +85,26 @@ class Workers:
         self._listener = listener
         self._muster_port = muster.getsockname()[1]
         self._cgroup = cgroup
+        self._count = settings.workers or len(os.sched_getaffinity(0))
+        self._launched: list[tuple[subprocess.Popen[bytes], socket.socket]] = []
+        self._on_start = on_start
         self._on_message = on_message
         self._on_gone = on_gone
         self._stopping = asyncio.Event()
         self._uid, self._gid = account(settings.worker_user)
 
+    def launch(self) -> None:
+        """Starts the processes ahead of `supervise`: they load their code while the host agent prepares the rest, and
+        get nothing to do and are not listened to until then. They end with the host agent."""
+        # whoever cannot be started now is started, and told of, by `supervise`
+        with contextlib.suppress(OSError):
+            while len(self._launched) < self._count:
+                self._launched.append(self._launch())
+
     async def supervise(self) -> None:
         """Runs `settings.workers` workers (0: one per core) until `stop`."""
-        count = self.settings.workers or len(os.sched_getaffinity(0))
         async with asyncio.TaskGroup() as tasks:
-            for _ in range(count):
+            for _ in range(self._count):
                 tasks.create_task(self._keep_one())
 
     async def stop(self) -> None:
@@ -142,6 +156,27 @@ class Workers:
             await asyncio.sleep(delay)
 
     def _start(self) -> WorkerProcess:
+        process, ours = self._launched.pop() if self._launched else self._launch()
+        try:
+            pidfd = os.pidfd_open(process.pid)
+        except OSError:
+            ours.close()
+            process.kill()
+            process.wait()
+            raise
+        worker = WorkerProcess(process)
+        worker.channel = Channel(
+            ours,
+            decoder(ports.FromWorker),
+            lambda message, descriptors: self._received(worker, message, descriptors),
+            lambda why: self._lost(worker, why),
+        )
+        self.running[process.pid] = worker
+        asyncio.get_running_loop().add_reader(pidfd, self._exited, worker, pidfd)
+        self._on_start(worker)
+        return worker
+
+    def _launch(self) -> tuple[subprocess.Popen[bytes], socket.socket]:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         try:
             process = subprocess.Popen(
@@ -171,22 +206,12 @@ class Workers:
             theirs.close()
         try:
             (self._cgroup / "cgroup.procs").write_text(str(process.pid))
-            pidfd = os.pidfd_open(process.pid)
         except OSError:
             ours.close()
             process.kill()
             process.wait()
             raise
-        worker = WorkerProcess(process)
-        worker.channel = Channel(
-            ours,
-            decoder(ports.FromWorker),
-            lambda message, descriptors: self._received(worker, message, descriptors),
-            lambda why: self._lost(worker, why),
-        )
-        self.running[process.pid] = worker
-        asyncio.get_running_loop().add_reader(pidfd, self._exited, worker, pidfd)
-        return worker
+        return process, ours
 
     def _received(self, worker: WorkerProcess, message: ports.FromWorker, descriptors: list[int]) -> None:
         if descriptors:

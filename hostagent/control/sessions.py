@@ -208,9 +208,11 @@ class Sessions:
         if not self.recordings.is_dir():
             return
         for directory in sorted((each for each in self.recordings.iterdir() if each.is_dir()), reverse=True)[:2]:
-            for path in directory.glob(f"*{SUFFIX}"):
-                if self._store.session(path.stem) is None:
-                    yield path
+            paths = {path.stem: path for path in directory.glob(f"*{SUFFIX}")}
+            if paths:
+                # asked for all at once: there can be a hundred thousand, and clients wait
+                known = self._store.session_ids(min(paths), max(paths))
+                yield from (path for session, path in paths.items() if session not in known)
 
     def _adopt(self, path: Path) -> None:
         """Takes a recording into the index that holds its header and nothing else; others are the audit's business."""

@@ -184,6 +184,12 @@ class Store:
             rows = connection.execute(query).mappings().all()
         return [self._session(row) for row in rows]
 
+    def session_ids(self, first: str, last: str) -> set[str]:
+        """The ids from `first` to `last`, in their order, which is that of time."""
+        query = sa.select(_SESSIONS.c.id).where(_SESSIONS.c.id.between(first, last))
+        with self._transaction() as connection:
+            return set(connection.execute(query).scalars())
+
     def add_approval(self, row: ApprovalRow) -> bool:
         """False when an approval of this id is already known."""
         with self._transaction() as connection:

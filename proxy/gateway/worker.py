@@ -1,9 +1,9 @@
 """A proxy worker: one unprivileged process on one core, with an event loop, the shared listener and the policy.
 
 Started by the host agent as `python -m proxy.gateway.worker` in the worker's cgroup, with two inherited sockets. It
-becomes the worker's user, for good, before it reads a byte from anywhere. It connects once to the muster address, so
-that the kernel side learns which process image it is and exempts it, waits for its first policy, and accepts. It ends
-when the host agent does.
+becomes the worker's user, for good, before it reads a byte from anywhere. It waits for its first policy, which comes
+when the kernel side is in place. Then it connects once to the muster address, so that the kernel side learns which
+process image it is and exempts it, and accepts. It ends when the host agent does.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ M_MMAP_THRESHOLD = -3
 M_TRIM_THRESHOLD = -1
 MAX_POLICY = 64 * 1024 * 1024
 CERTIFICATE_SLACK_S = 3600
-POLICY_TIMEOUT_S = 30.0
+POLICY_TIMEOUT_S = 150.0
+"""Longer than the host agent may take to load the kernel side, which it does while a first worker starts."""
 MAX_CONTEXTS = 1024
 """TLS contexts kept; any address can be dialled at a protected port."""
 GC_THRESHOLD = 50_000
@@ -186,9 +187,9 @@ async def _serve(options: argparse.Namespace) -> None:
         worker.link = HostLink(channel, worker.pushed, worker.end)
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, worker.end, "terminated")
         try:
-            await _muster(worker, options.muster)
             async with asyncio.timeout(POLICY_TIMEOUT_S):
                 await worker.policy_loaded.wait()
+            await _muster(worker, options.muster)
         except (ports.Unavailable, OSError) as error:
             log.error("worker not started", why=str(error) or "no policy came")
             os._exit(1)

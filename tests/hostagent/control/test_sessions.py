@@ -248,6 +248,18 @@ def test_a_header_that_was_written_and_not_indexed_is_taken_in(sessions: Session
     assert verify_all(store, sessions.recordings).holds
 
 
+def test_a_start_does_not_ask_for_every_recording_there_is(
+    sessions: Sessions, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(40):
+        lived(sessions)
+    asked: list[str] = []
+    one_by_one = Store.session
+    monkeypatch.setattr(Store, "session", lambda self, session: asked.append(session) or one_by_one(self, session))
+    assert sessions.recover() == []
+    assert asked == []
+
+
 def test_the_audit_finds_what_was_done_to_files(sessions: Sessions, store: Store) -> None:
     names = ["good", "changed", "cut", "gone", "torn", "rebuilt", "swapped", "other", "unindexed"]
     made = {name: lived(sessions) for name in names}
