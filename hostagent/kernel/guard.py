@@ -34,8 +34,8 @@ _TOLD_MAX = 8
 
 
 class Guard:
-    """`pins` are the daemon's own; the guard opens what it needs beside them. Raises `KernelError` when something is
-    missing already."""
+    """`pins` are the daemon's own, by which `scope` was put in; the guard opens what it needs beside them. Raises
+    `KernelError` when something is missing already."""
 
     def __init__(self, settings: Settings, pins: Pins, scope: Scope) -> None:
         self._settings = settings
@@ -48,7 +48,7 @@ class Guard:
         self._config = bytes(self._own.config())
         self._sockets = Sockets(settings.listen_port, settings.mark)
         self._sets, self._sets_lock = SetSizes(), threading.Lock()
-        self._members: tuple[int, ...] = ()
+        self._scope, self._rules, self._installed = scope, redirect.Rules.of(settings, scope), pins.rules_here
         try:
             for name in pinned_names():
                 self._held[name] = bpf.object_get(settings.pin_dir / name)
@@ -56,7 +56,7 @@ class Guard:
             self.close()
             raise KernelError(f"cannot hold the pins in `{settings.pin_dir}`: {error}; restart hopgate") from error
         try:
-            self.apply(scope)
+            self._members = self._sizes()
         except BaseException:
             self.close()
             raise
@@ -75,11 +75,11 @@ class Guard:
         with self._lock:
             rules, former = redirect.Rules.of(self._settings, scope), self._pins.scope_here
             try:
-                installed = apply_scope(self._settings, self._pins, scope)
+                apply_scope(self._settings, self._pins, scope)
             except BaseException:
                 self._pins.scope_here = former
                 raise
-            self._scope, self._rules, self._installed = scope, rules, installed
+            self._scope, self._rules, self._installed = scope, rules, self._pins.rules_here
             self._members = self._sizes()
 
     def sets_are_whole(self) -> bool:
@@ -102,6 +102,8 @@ class Guard:
                 return []
             # first what opens a way
             found = redirect.repair(self._rules, self._installed, look_at_rules=rules)
+            if found:
+                self._members = self._sizes()
             found += self._repair_pins()
             found += self._repair_attachment()
             found += self._repair_maps()

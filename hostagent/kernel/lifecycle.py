@@ -50,12 +50,12 @@ def start(settings: Settings, scope: Scope) -> Pins:
     return pins
 
 
-def apply_scope(settings: Settings, pins: Pins, scope: Scope) -> str:
-    """Sets what is recorded and what is redirected; what is in both scopes stays covered throughout. Returns what
-    `redirect.present` compares with. Raises `KernelError`."""
+def apply_scope(settings: Settings, pins: Pins, scope: Scope) -> None:
+    """Sets what is recorded and what is redirected; what is in both scopes stays covered throughout. Raises
+    `KernelError`."""
     with turn.taken(settings.run_dir):
         pins.set_scope(scope)
-        return redirect.install(redirect.Rules.of(settings, scope))
+        pins.rules_here = redirect.install(redirect.Rules.of(settings, scope))
 
 
 def attached(settings: Settings) -> bool:

@@ -85,6 +85,8 @@ class Pins:
         """The nodes that were exempted through this object: never fewer than are in the map."""
         self.scope_here: frozenset[bytes] = frozenset()
         """The keys of the scope that was set through this object."""
+        self.rules_here = ""
+        """The netfilter rules that were put in with it, as `redirect.present` compares them."""
 
     @classmethod
     def open(cls, directory: Path, conntrack: Conntrack | None = None) -> Self:
