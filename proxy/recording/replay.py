@@ -89,7 +89,7 @@ def _body(record: Record) -> str:
             masked = f", masked {', '.join(map(visible, record.masked))}" if record.masked else ""
             return f"completed #{record.op} {outcome}, {record.rows} rows in {record.duration_us / 1000:.3f} ms{masked}"
         case Observed():
-            return f"{record.channel:<9} #{record.op} {visible(record.data.decode('utf-8', 'backslashreplace'))}"
+            return f"{visible(record.channel):<9} #{record.op} {_excerpt(record.data)}"
         case Alert():
             return f"alert     {visible(record.text)}"
         case Closed():
@@ -100,6 +100,13 @@ def _body(record: Record) -> str:
 
 
 _INDENT = " " * 24
+_EXCERPT = 240
+"""Bytes that are shown of one record of a terminal: `asciicast` has them all."""
+
+
+def _excerpt(data: bytes) -> str:
+    text = visible(data[:_EXCERPT].decode("utf-8", "backslashreplace"))
+    return f"{text} … ({len(data)} bytes)" if len(data) > _EXCERPT else text
 
 
 def _opened(record: Opened) -> Iterator[str]:
