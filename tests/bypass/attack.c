@@ -457,9 +457,13 @@ static int raw_fragments(void)
 	return say("fragments are out");
 }
 
-/* A SYN below IP, straight into the device. */
+/*
+ * A SYN below IP, straight into the device `rest[2]`. With `rest[3]` past its queue too; the socket then stays open for
+ * so many seconds.
+ */
 static int packet(void)
 {
+	int past = 1;
 	struct segment segment;
 	int fd = socket(AF_PACKET, SOCK_DGRAM, htons(ETH_P_IP));
 	struct sockaddr_ll to = {.sll_family = AF_PACKET, .sll_protocol = htons(ETH_P_IP), .sll_halen = 6,
@@ -469,9 +473,14 @@ static int packet(void)
 		return failed("AF_PACKET socket");
 	size_t size = build(&segment, rest[0], atoi(rest[1]), TH_SYN, 7000, 0, "", 0);
 
+	if (rests > 3 && setsockopt(fd, SOL_PACKET, PACKET_QDISC_BYPASS, &past, sizeof(past)))
+		return failed("PACKET_QDISC_BYPASS");
 	if (sendto(fd, &segment, size, 0, (void *)&to, sizeof(to)) < 0)
 		return failed("AF_PACKET send");
-	return say("the SYN is out");
+	say("the SYN is out");
+	if (rests > 3)
+		sleep(atoi(rest[3]));
+	return 0;
 }
 
 /* Through an HTTP proxy at `rest[0]` `rest[1]`. */

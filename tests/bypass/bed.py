@@ -345,12 +345,16 @@ class Bed:
         for line in log.splitlines():
             if self.token in line and "statement:" in line and f" {ROLE} " not in line and not seen.arrived:
                 seen.arrived.append(Arrival("statement", line, 0, DATABASE[0], PORT))
-        seen.alerts = [
+        seen.alerts = self.alerts()
+        return seen
+
+    def alerts(self) -> list[str]:
+        """Those since `begin`. Of connections past the proxy it is told late: those are of another attack."""
+        return [
             line
             for line in self.gateway.log()[self._log_at :].splitlines()
             if '"event": "alert"' in line and "went past the proxy" not in line
         ]
-        return seen
 
     def _ruled(self, row: SessionRow) -> tuple[bool, bool]:
         """Whether the recording of this session has a denial; and whether the token got through."""
