@@ -36,6 +36,8 @@ PACKAGES = {
     "kube-controller-manager": "k8s.io/kubernetes/cmd/kube-controller-manager",
     "kubectl": "k8s.io/kubernetes/cmd/kubectl",
     "helm": "helm.sh/helm/v4/cmd/helm",
+    "node": "./node",
+    "goclient": "./goclient",
 }
 JOBS = 2
 """Compilers at a time: each takes up to a gigabyte."""
@@ -83,10 +85,14 @@ class Binaries:
         return self.directory / "goclient"
 
 
+def cache_directory() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hopgate" / "kubernetes"
+
+
 @functools.cache
 def binaries() -> Binaries:
     """Builds what is absent. Raises `GoMissing`, or `LabError` with what the compiler said."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "hopgate" / "kubernetes"
+    cache = cache_directory()
     text = (SOURCES / "go.mod").read_text()
     version = _required(text, "k8s.io/kubernetes")
     go = _find_go(text)
@@ -186,5 +192,6 @@ def _tell(line: str) -> None:
 
 def _remove_unused(cache: Path) -> None:
     for path in cache.iterdir():
-        if path.is_dir() and path.stat().st_mtime < time.time() - UNUSED_S:
+        ours = re.fullmatch(r"[0-9a-f]{16}|unfinished-.*", path.name)
+        if ours and path.stat().st_mtime < time.time() - UNUSED_S:
             shutil.rmtree(path, ignore_errors=True)

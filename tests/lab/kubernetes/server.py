@@ -22,7 +22,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import ssl
 import subprocess
@@ -35,11 +34,11 @@ from typing import Any
 
 from tests.lab.kubernetes.binaries import Binaries, binaries
 from tests.lab.kubernetes.certificates import Authority, Pair, make_signing_key
+from tests.lab.kubernetes.processes import start, stop
 from tests.lab.namespaces import entered
 from tests.lab.postgres import LabError, free_port
 
 START_TIMEOUT_S = 60.0
-STOP_TIMEOUT_S = 15.0
 SERVER_NAME = "kubernetes.hopgate.test"
 """The name that the server's certificate carries, beside its address and the names it has in every cluster."""
 GATEWAY = "hopgate"
@@ -281,11 +280,11 @@ def kubernetes(
         with _within(namespace):
             etcd_port, peer_port = free_port(), free_port()
         etcd = f"http://127.0.0.1:{etcd_port}"
-        processes.append(_start(directory, namespace, "etcd", _etcd(programs, directory, etcd, peer_port)))
+        processes.append(start(directory, namespace, "etcd", _etcd(programs, directory, etcd, peer_port)))
         flags = {**_api_server_flags(directory, address, port, etcd), **(settings or {})}
         if not controllers:
             flags.setdefault("disable-admission-plugins", "ServiceAccount")
-        api = _start(directory, namespace, "kube-apiserver", [programs.kube_apiserver, *_words(flags)])
+        api = start(directory, namespace, "kube-apiserver", [programs.kube_apiserver, *_words(flags)])
         processes.append(api)
         server = KubernetesServer(
             host=address,
@@ -309,13 +308,13 @@ def kubernetes(
         server.bind(GATEWAY, "cluster-admin")
         if controllers:
             processes.append(
-                _start(directory, namespace, "kube-controller-manager", _controller_manager(server, directory))
+                start(directory, namespace, "kube-controller-manager", _controller_manager(server, directory))
             )
             _await_default_account(server, processes)
         yield server
     finally:
         for process in reversed(processes):
-            _stop(process)
+            stop(process)
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -439,17 +438,6 @@ def _controller_manager(server: KubernetesServer, directory: Path) -> list[str |
     return [server.programs.kube_controller_manager, *_words(flags)]
 
 
-def _start(directory: Path, namespace: str | None, name: str, command: Sequence[str | Path]) -> subprocess.Popen[bytes]:
-    # ends with whoever started it, also when that was killed
-    words = ["setpriv", "--pdeathsig", "KILL", *map(str, command)]
-    if namespace is not None:
-        words = ["nsenter", f"--net=/run/netns/{namespace}", *words]
-    with (directory / f"{name}.log").open("wb") as log:
-        return subprocess.Popen(
-            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, cwd=directory, start_new_session=True
-        )
-
-
 def _await_ready(server: KubernetesServer, processes: Sequence[subprocess.Popen[bytes]]) -> None:
     deadline = time.monotonic() + START_TIMEOUT_S
     said = ""
@@ -478,14 +466,3 @@ def _check_alive(
 ) -> None:
     if any(process.poll() is not None for process in processes) or time.monotonic() > deadline:
         raise LabError(f"the cluster did not start: {said}\n{server.log()}")
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Asks the process to end, and kills its group when it has not after the deadline."""
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(STOP_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait(STOP_TIMEOUT_S)

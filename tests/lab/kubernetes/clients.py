@@ -1,0 +1,118 @@
+"""The kubectls that this machine has, and a copy of Debian's: each a program that people really use.
+
+A kubectl before 1.30 speaks SPDY for exec and attach, one before 1.31 for port-forward too; later ones begin with
+WebSocket. `KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false` and `KUBECTL_PORT_FORWARD_WEBSOCKETS=false` bring SPDY back there.
+
+Blind spot: Debian's own kubectl is old (1.20) in Debian 12 only; the Google Cloud SDK's are there if the SDK is.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tests.lab.kubernetes.binaries import binaries, cache_directory
+
+SDK = Path("/usr/lib/google-cloud-sdk/bin")
+SPDY_ENVIRONMENT = {"KUBECTL_REMOTE_COMMAND_WEBSOCKETS": "false", "KUBECTL_PORT_FORWARD_WEBSOCKETS": "false"}
+
+
+@dataclass(frozen=True)
+class Kubectl:
+    """One kubectl. `environment` is what it has to be run with, beside what every client gets."""
+
+    path: Path
+    version: tuple[int, int]
+    origin: str
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """For a test's id: `1.20-debian`."""
+        return f"{self.version[0]}.{self.version[1]}-{self.origin}"
+
+    @property
+    def speaks_spdy(self) -> bool:
+        """Whether exec begins with SPDY."""
+        return self.version < (1, 30) or bool(self.environment)
+
+
+def current_kubectl() -> Kubectl:
+    """The one that is built with the API server. Raises `LabError`."""
+    made = binaries()
+    return Kubectl(made.kubectl, _parse(made.version), "built")
+
+
+@functools.cache
+def kubectls() -> tuple[Kubectl, ...]:
+    """Every kubectl that is here, the newest first, one for each minor version; and the current one once more, made
+    to speak SPDY. Raises `LabError` when the current one cannot be built."""
+    current = current_kubectl()
+    found = {current.version: current}
+    for path, origin in [
+        *((path, "debian") for path in sorted(cache_directory().glob("debian-*/kubectl"))),
+        *((path, "sdk") for path in sorted(SDK.glob("kubectl.1.*"))),
+    ]:
+        version = _ask_version(path)
+        if version is not None:
+            found.setdefault(version, Kubectl(path, version, origin))
+    return (
+        *(found[version] for version in sorted(found, reverse=True)),
+        Kubectl(current.path, current.version, "built-spdy", SPDY_ENVIRONMENT),
+    )
+
+
+def oldest_kubectl() -> Kubectl:
+    """An old one that speaks SPDY; where none is to be had, the current one made to."""
+    *_, oldest, forced = kubectls()
+    return oldest if oldest.speaks_spdy else forced
+
+
+def unpack_debian_kubectl() -> Path | None:
+    """Puts Debian's kubectl into the cache without installing its package, which other kubectl packages shut out.
+    None where there is no such package, or no list of packages: then the others have to do."""
+    if shutil.which("apt-get") is None:
+        return None
+    policy = subprocess.run(["apt-cache", "policy", "kubernetes-client"], capture_output=True, text=True).stdout
+    candidate = re.search(r"Candidate: (\d\S*)", policy)
+    if candidate is None:
+        return None
+    directory = cache_directory() / f"debian-{re.sub(r'[^0-9A-Za-z.]', '-', candidate[1])}"
+    kubectl = directory / "kubectl"
+    if kubectl.exists():
+        return kubectl
+    cache_directory().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="unfinished-", dir=cache_directory()) as scratch:
+        for command in (
+            ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", f"kubernetes-client={candidate[1]}"],
+            ["sh", "-c", "dpkg-deb -x kubernetes-client_*.deb package"],
+        ):
+            if subprocess.run(command, cwd=scratch, stdin=subprocess.DEVNULL).returncode:
+                return None
+        directory.mkdir(exist_ok=True)
+        os.replace(Path(scratch, "package/usr/bin/kubectl"), kubectl)
+    return kubectl
+
+
+def _ask_version(path: Path) -> tuple[int, int] | None:
+    done = subprocess.run(
+        [path, "version", "--client", "--output=json"],
+        capture_output=True,
+        text=True,
+        env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"},
+    )
+    return _parse(json.loads(done.stdout)["clientVersion"]["gitVersion"]) if done.returncode == 0 else None
+
+
+def _parse(version: str) -> tuple[int, int]:
+    found = re.match(r"v(\d+)\.(\d+)", version)
+    assert found is not None, version
+    return int(found[1]), int(found[2])
