@@ -19,7 +19,6 @@ from typing import Final
 
 import h11
 
-from proxy.protocols.base import Buffer
 from proxy.protocols.kubernetes.requests import Head
 
 MAX_HEAD: Final = 64 * 1024
@@ -218,7 +217,7 @@ def read_answer(connection: h11.Connection, raw: bytes, method: str) -> Answer:
     status = response.status_code
     framing: Framing | None = _framing(response.headers, raw)
     last = response.http_version != b"1.1"
-    named = set()
+    named: set[str] = set()
     for name, value in response.headers:
         if name == b"connection":
             named.update(_words([value.decode("latin-1")]))
@@ -227,13 +226,8 @@ def read_answer(connection: h11.Connection, raw: bytes, method: str) -> Answer:
         framing = None
     elif framing is None:
         framing, last = UntilClose(), True
-    headers = [
-        (raw_name, value)
-        for raw_name, value in response.headers.raw_items()
-        if (name := raw_name.decode("latin-1").lower()) not in _HOP_BY_HOP
-        and name not in named
-        and name not in _SERVERS_OWN
-    ]
+    dropped = _HOP_BY_HOP | _SERVERS_OWN | named
+    headers = [pair for pair in response.headers.raw_items() if pair[0].decode("latin-1").lower() not in dropped]
     if isinstance(framing, Length) or (framing is None and status != 204):
         headers += [(b"Content-Length", value) for name, value in response.headers if name == b"content-length"]
     upgrade = b", ".join(value for name, value in response.headers if name == b"upgrade")
@@ -387,7 +381,7 @@ class Chunks:
 Framing = Length | Chunks | UntilClose
 
 
-def chunk(data: Buffer) -> bytes:
+def chunk(data: bytes) -> bytes:
     """One chunk; nothing for no data, which would end the body."""
     return b"%x\r\n%b\r\n" % (len(data), data) if data else b""
 
@@ -411,7 +405,7 @@ def _read(connection: h11.Connection, raw: bytes) -> h11.Request | h11.Response 
     return event
 
 
-def _framing(headers: h11.Headers, raw: bytes) -> Length | Chunks | None:
+def _framing(headers: Iterable[tuple[bytes, bytes]], raw: bytes) -> Length | Chunks | None:
     """How the body that follows a head is framed, by its headers alone (RFC 9112, 6.3)."""
     chunked = any(name == b"transfer-encoding" for name, _ in headers)
     lengths = [found.decode("latin-1") for found in _LENGTH_LINE.findall(raw)]

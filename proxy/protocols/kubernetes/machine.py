@@ -18,7 +18,8 @@ A request goes through stages; bytes behind it wait.
     CREDENTIAL AskCredential; then the request is sent, with the gateway's token and none of the client's
     ANSWER     the answer's head; a body that is not judged goes on meanwhile
     RELAY      the answer's body, through the masks
-    SWITCHED   another protocol (exec, attach, port-forward), in `streams`
+
+exec, attach and port-forward then switch to another protocol, in `streams`.
 
 A denial is a `Status` and the connection goes on; it ends where the request's body was not read whole. `Expect:
 100-continue` is answered here, once the body is wanted. Interim answers of the server and all trailers are dropped. An
@@ -101,6 +102,7 @@ _ASKED_WITH: Final = ("host", "user-agent")
 """Headers of the client's that questions of our own carry, beside the identities that it asks to act as."""
 _TOKEN: Final = re.compile(r"[\x21-\x7e]*")
 _redactor = lru_cache(maxsize=64)(Redactor)
+TOO_LARGE = f"its body has more than `{MAX_JUDGED_BODY}` bytes, which is more than is judged"
 HINT_TARGET = "tell the operators of this host: the reason is in hopgate's log"
 HINT_AGAIN = "ask again"
 
@@ -257,8 +259,7 @@ class KubernetesMachine:
             return []
         reason = f"the {side.value} closed the connection"
         if self._tunnel is not None:
-            out = self._pass(self._tunnel.eof(side))
-            return out if self._state is State.CLOSED else [*out, *self._close(reason)]
+            return [*self._tunnel.eof(side), *self._close(reason)]
         if side is _SERVER:
             return self._lose_server(reason)
         return [*self._break_off("the client left before the answer's end"), *self._close(reason)]
@@ -266,7 +267,7 @@ class KubernetesMachine:
     def answer(self, ask: Ask, reply: Reply) -> list[Command]:
         if self._state is State.CLOSED:
             return []
-        if self._tunnel is not None:
+        if self._tunnel is not None and isinstance(ask, AskRuling):
             return self._pass(self._tunnel.answer(ask, reply))
         exchange = self._exchange
         match ask, reply:
@@ -326,7 +327,9 @@ class KubernetesMachine:
     def farewell(self, message: str, hint: str = "") -> list[Command]:
         if self._state is State.CLOSED:
             return []
-        if self._state is State.DRAINING or self._tunnel is not None:
+        if self._tunnel is not None:
+            return [*self._tunnel.eof(_SERVER), *self._close(message)]
+        if self._state is State.DRAINING:
             return self._close(message)
         exchange = self._exchange
         out: list[Command] = []
@@ -445,23 +448,23 @@ class KubernetesMachine:
         request = classify(head)
         exchange = Exchange(self._ids, head, request, framing, writer)
         self._exchange = exchange
+        if request.unclassified:
+            return self._ask(exchange)
         if http.upgrades(head):
             if request.facts.subresource not in STREAMING:
-                return self._turn_away(
-                    exchange, 400, "no other protocol is spoken here than that of exec, attach and port-forward"
+                return self._ask(
+                    exchange, 400, "no other protocol is spoken here than that of exec, attach, port-forward"
                 )
             try:
                 exchange.head = head = streams.offered(head)
             except streams.Unspoken as unspoken:
                 return self._ask(exchange, 400, str(unspoken))
-        too_large = f"its body has more than `{MAX_JUDGED_BODY}` bytes, which is more than is judged"
-        if request.body is Body.JUDGED:
+        if request.body is Body.NONE and not framing.done:
+            return self._ask(exchange, 400, f"a `{head.method}` of this path has no body")
+        if request.body is Body.JUDGED and not framing.done:
             if isinstance(framing, Length) and framing.left > MAX_JUDGED_BODY:
-                return self._ask(exchange, 413, too_large)
-            if not framing.done:
-                return [Send(_CLIENT, http.CONTINUE)] if http.wants_continue(head) else []
-        elif request.body is Body.NONE and not framing.done and not request.unclassified:
-            return self._turn_away(exchange, 400, f"a `{head.method}` of this path has no body")
+                return self._ask(exchange, 413, TOO_LARGE)
+            return [Send(_CLIENT, http.CONTINUE)] if http.wants_continue(head) else []
         return self._ask(exchange)
 
     def _take_body(self, exchange: Exchange, piece: bytes) -> list[Command]:
@@ -470,9 +473,7 @@ class KubernetesMachine:
         exchange.body += piece
         if len(exchange.body) > MAX_JUDGED_BODY:
             exchange.body = bytearray()
-            return self._ask(
-                exchange, 413, f"its body has more than `{MAX_JUDGED_BODY}` bytes, which is more than is judged"
-            )
+            return self._ask(exchange, 413, TOO_LARGE)
         return self._ask(exchange) if exchange.framing.done else []
 
     def _upload(self, exchange: Exchange, piece: bytes) -> list[Command]:
@@ -678,10 +679,10 @@ class KubernetesMachine:
                     if piece:
                         out += self._pass_body(exchange, piece)
                 out += self._end_answer(exchange)
-                if self._tunnel is not None:
-                    return out + (self._pass(self._tunnel.receive(_SERVER, data)) if data else [])
                 if self._state is State.CLOSED:
                     break
+                if self._tunnel is not None:
+                    return out + (self._pass(self._tunnel.receive(_SERVER, data)) if data else [])
         except Malformed as malformed:
             if not out:
                 raise
@@ -834,27 +835,26 @@ class KubernetesMachine:
     def _switch(self, exchange: Exchange, answer: Answer) -> list[Command]:
         assert exchange.head is not None
         assert exchange.writer is not None
-        headers = [*answer.headers, (b"Connection", b"Upgrade"), (b"Upgrade", answer.upgrade)]
         try:
-            self._tunnel = streams.open_tunnel(
-                exchange.id, exchange.facts, exchange.head, answer.headers, self._next_id
+            tunnel = streams.open_tunnel(
+                exchange.id, exchange.facts, exchange.head, answer.upgrade, answer.headers, self._next_id
             )
         except streams.Unspoken as unspoken:
-            raise Malformed(f"the server switched to a protocol that was not offered: {unspoken}") from None
-        raw = http.write_switch(exchange.writer, headers)
+            raise Malformed(str(unspoken)) from None
+        headers = [*answer.headers, (b"Connection", b"Upgrade"), (b"Upgrade", answer.upgrade)]
+        out: list[Command] = [Send(_CLIENT, http.write_switch(exchange.writer, headers)), *tunnel.begin()]
+        self._tunnel = tunnel
         self._exchange = None
+        self._reader = None
         early, self._inbox = bytes(self._inbox), bytearray()
-        out: list[Command] = [Send(_CLIENT, raw)]
-        return out + (self._pass(self._tunnel.receive(_CLIENT, early)) if early else [])
+        return out + (self._pass(tunnel.receive(_CLIENT, early)) if early else [])
 
     def _next_id(self) -> int:
         self._ids += 1
         return self._ids
 
-    def _pass(self, out: list[Command]) -> list[Command]:
-        if self._tunnel is not None and self._tunnel.closed:
-            return out + self._close("the stream ended")
-        return out
+    def _pass(self, out: list[Command], reason: str = "the stream ended") -> list[Command]:
+        return out + self._close(reason) if self._tunnel is not None and self._tunnel.closed else out
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
