@@ -25,6 +25,7 @@ struct hopgate_config {
 	__u64 netns;	/* cookie of the network namespace that has the listener */
 	__u32 abi;	/* HOPGATE_ABI */
 	__u32 mark;	/* SO_MARK of exempt sockets, never 0 */
+	__u64 intercept;	/* 0 when nobody is looked at; another number each time that it begins */
 };
 
 /*
@@ -117,6 +118,45 @@ struct hopgate_task_row {
 	char comm[COMM_BYTES];
 };
 
+/* A file that makes processes agents that are intercepted, as the nodes have it. */
+struct hopgate_file_key {
+	__u64 inode;
+	__u32 device;
+	__u32 unused;
+};
+
+#define PROTOCOL_POSTGRESQL 1
+#define PROTOCOL_MYSQL 2
+#define PROTOCOL_TDS 3
+#define PROTOCOL_MONGODB 4
+#define PROTOCOL_REDIS 5
+#define PROTOCOL_ORACLE 6
+
+#define STREAM_HEAD 16
+
+/* How one side of a connection begins. */
+struct hopgate_stream {
+	__u32 first;	/* sequence number of the first byte, once it is known */
+	__u8 begun;	/* 1 when it is */
+	__u8 have;	/* bytes in head[] */
+	__u8 done;	/* 1 when nothing that is looked for begins like this */
+	__u8 unused;
+	__u8 head[STREAM_HEAD];
+};
+
+/* A connection that is looked at: the storage of its socket. */
+struct hopgate_watch {
+	struct hopgate_connect_key key;
+	__u64 epoch;	/* config's `intercept` at connect */
+	__u64 node;
+	__u64 netns;
+	__u64 socket;
+	__u32 tgid;
+	__u32 found;	/* PROTOCOL_… */
+	struct hopgate_stream sent;
+	struct hopgate_stream received;
+};
+
 #define EVENT_HIDDEN 1		/* a protocol is spoken to what is no target; `detail` is PROTOCOL_… */
 #define EVENT_UNWATCHED 2	/* a connection that should be looked at cannot be: it is closed for data */
 #define EVENT_SENT_RAW 3	/* somebody writes below TCP; `detail` is SENT_… */
@@ -158,6 +198,9 @@ struct hopgate_event {
 #define COUNT_GRAVEYARD_CUT 9	/* dead nodes released early because the table of nodes was full */
 #define COUNT_EVENTS_LOST 10	/* events for which the ring had no room */
 #define COUNT_RAW_UNTOLD 11	/* sockets below TCP that were not told of, because there were too many */
-#define COUNTERS 12
+#define COUNT_HIDDEN 12		/* connections closed for data because of what they begin with */
+#define COUNT_UNWATCHED 13	/* … because they cannot be looked at */
+#define COUNT_UNCLOSED 14	/* … and those of them that could not be closed either */
+#define COUNTERS 15
 
 #endif

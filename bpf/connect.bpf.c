@@ -91,6 +91,7 @@ static inline void on_connect(struct bpf_sock_ops *ops, struct hopgate_connect_k
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
 	struct hopgate_connect_record record = {.netns = netns};
+	bool recorded = in_scope(key);
 
 	record.tgid = KREAD(task_struct, task, tgid);
 
@@ -98,9 +99,18 @@ static inline void on_connect(struct bpf_sock_ops *ops, struct hopgate_connect_k
 
 	record.node = own ? *own : 0;
 	if (record.node && exempt.lookup(&record.node)) {
-		set_mark(ops, config->mark);
+		if (recorded)
+			set_mark(ops, config->mark);
 		return;
 	}
+	if (config->intercept) {
+		/* the socket may have been elsewhere before */
+		unwatch(ops);
+		if (!recorded)
+			watch(ops, key, config, netns, record.node, record.tgid);
+	}
+	if (!recorded)
+		return;
 	struct bpf_sock *sk = ops->sk;
 
 	if (!sk || sk->mark == config->mark) {
@@ -140,8 +150,10 @@ static inline void on_established(struct bpf_sock_ops *ops, struct hopgate_conne
 static inline void on_close(struct bpf_sock_ops *ops, struct hopgate_connect_key *key)
 {
 	struct hopgate_connect_record *record = connects.lookup(key);
+	u64 cookie = bpf_get_socket_cookie(ops);
 
-	if (!record || record->socket != bpf_get_socket_cookie(ops))
+	unwatched.delete(&cookie);
+	if (!record || record->socket != cookie)
 		return;
 	if (record->flags & CONNECT_ESTABLISHED) {
 		record->time_ns = bpf_ktime_get_ns();
@@ -159,12 +171,14 @@ int on_sock_ops(struct bpf_sock_ops *ops)
 	if (ops->op != BPF_SOCK_OPS_TCP_CONNECT_CB && ops->op != BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB &&
 	    !(ops->op == BPF_SOCK_OPS_STATE_CB && ops->args[1] == BPF_TCP_CLOSE))
 		return 1;
-	if (!read_key(ops, &key) || !in_scope(&key))
+	if (!read_key(ops, &key))
 		return 1;
 
 	struct hopgate_config *config = settings.lookup(&zero);
 
 	if (!config)
+		return 1;
+	if (!config->intercept && !in_scope(&key))
 		return 1;
 
 	u64 netns = bpf_get_netns_cookie(ops);

@@ -33,6 +33,7 @@ BPF_TABLE_PINNED("array", u32, struct hopgate_node, blank, 1, PINS "/blank");
 BPF_TABLE_PINNED("hash", u32, u64, procs, PROCS_MAX, PINS "/procs");
 BPF_TABLE_PINNED("hash", u64, struct hopgate_node, nodes, NODES_MAX, PINS "/nodes");
 BPF_TABLE_PINNED("hash", u64, struct hopgate_declaration, declared, DECLARED_MAX, PINS "/declared");
+BPF_TABLE_PINNED("hash", u64, u32, spared, SPARED_MAX, PINS "/spared", BPF_F_NO_PREALLOC);
 BPF_QUEUESTACK_PINNED("queue", graveyard, u64, GRAVEYARD_MAX, 0, PINS "/graveyard");
 
 /* BCC has no macro for a ring that is pinned. */
@@ -104,6 +105,7 @@ static inline void release(u64 id)
 		if (nodes.delete(&id))
 			return;
 		declared.delete(&id);
+		spared.delete(&id);
 		id = parent;
 		if (!id)
 			return;

@@ -8,7 +8,7 @@ from hostagent.kernel import cgroups
 from hostagent.kernel.cgroups import mount_point as cgroup_mount
 from hostagent.kernel.events import Event, Events, follow
 from hostagent.kernel.guard import Guard
-from hostagent.kernel.lifecycle import apply_scope, attached, cleanup, start
+from hostagent.kernel.lifecycle import agents_found, apply_scope, attached, cleanup, start
 from hostagent.kernel.pins import ConnectRecord, Pins, Refused, Unclaimed
 from hostagent.kernel.ruleset import Culprit, RulesetEvents
 from hostagent.kernel.settings import KernelError, MapSizes, Scope, Settings
@@ -30,6 +30,7 @@ __all__ = [
     "Settings",
     "Sockets",
     "Unclaimed",
+    "agents_found",
     "apply_scope",
     "attached",
     "cgroup_mount",

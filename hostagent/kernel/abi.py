@@ -18,7 +18,7 @@ from hostagent.kernel.settings import MapSizes, Settings
 from proxy.model import Endpoint, Prefix
 
 ABI = 4
-SOURCES = ("abi.h", "lineage.bpf.c", "connect.bpf.c", "raw.bpf.c")
+SOURCES = ("abi.h", "lineage.bpf.c", "intercept.bpf.c", "connect.bpf.c", "raw.bpf.c")
 
 TRACEPOINTS = {"on_fork": "sched_process_fork", "on_exec": "sched_process_exec", "on_exit": "sched_process_exit"}
 """Those that keep the lineage."""
@@ -27,6 +27,8 @@ TELLING_TRACEPOINTS = {"on_queue": "net_dev_queue"}
 SOCK_OPS = "on_sock_ops"
 CGROUP_HOOKS = {SOCK_OPS: bpf.CGROUP_SOCK_OPS, "on_sock_create": bpf.CGROUP_INET_SOCK_CREATE}
 """Programs on the cgroup, and what they are attached as."""
+PACKET_HOOKS = {"on_egress": bpf.CGROUP_INET_EGRESS, "on_ingress": bpf.CGROUP_INET_INGRESS}
+"""The same, but attached only while somebody is intercepted."""
 PROGRAMS = (*TRACEPOINTS, *TELLING_TRACEPOINTS, *CGROUP_HOOKS)
 
 DEPTH_MAX = 1024
@@ -49,6 +51,9 @@ COUNTERS = (
     "graveyard_cut",
     "events_lost",
     "raw_untold",
+    "hidden",
+    "unwatched",
+    "unclosed",
 )
 OVERFLOWS = COUNTERS[:3]
 
@@ -60,6 +65,7 @@ class Config(ctypes.Structure):
         ("netns", ctypes.c_uint64),
         ("abi", ctypes.c_uint32),
         ("mark", ctypes.c_uint32),
+        ("intercept", ctypes.c_uint64),
     )
 
 
@@ -137,6 +143,39 @@ class Declaration(ctypes.Structure):
     _fields_ = (("agent", ctypes.c_char * 64),)
 
 
+class FileKey(ctypes.Structure):
+    _fields_ = (
+        ("inode", ctypes.c_uint64),
+        ("device", ctypes.c_uint32),
+        ("unused", ctypes.c_uint32),
+    )
+
+
+class Stream(ctypes.Structure):
+    _fields_ = (
+        ("first", ctypes.c_uint32),
+        ("begun", ctypes.c_uint8),
+        ("have", ctypes.c_uint8),
+        ("done", ctypes.c_uint8),
+        ("unused", ctypes.c_uint8),
+        ("head", ctypes.c_ubyte * 16),
+    )
+
+
+class Watch(ctypes.Structure):
+    _fields_ = (
+        ("key", ConnectKey),
+        ("epoch", ctypes.c_uint64),
+        ("node", ctypes.c_uint64),
+        ("netns", ctypes.c_uint64),
+        ("socket", ctypes.c_uint64),
+        ("tgid", ctypes.c_uint32),
+        ("found", ctypes.c_uint32),
+        ("sent", Stream),
+        ("received", Stream),
+    )
+
+
 class Event(ctypes.Structure):
     _fields_ = (
         ("time_ns", ctypes.c_uint64),
@@ -157,6 +196,9 @@ class Event(ctypes.Structure):
 EVENTS = {"EVENT_HIDDEN": 1, "EVENT_UNWATCHED": 2, "EVENT_SENT_RAW": 3}
 """Types of events, named as in the header."""
 
+PROTOCOLS = {1: "postgresql", 2: "mysql", 3: "tds", 4: "mongodb", 5: "redis", 6: "oracle"}
+"""What is recognised by its first bytes, by its number in the header (PROTOCOL_…)."""
+
 SENT_RAW_IP, SENT_FRAME, SENT_FRAME_IN_SCOPE = 0, 1, 2
 
 EVENT_BYTES = ctypes.sizeof(Event)
@@ -175,6 +217,9 @@ MAPS: dict[str, tuple[int, int]] = {
     "scope": (ctypes.sizeof(ScopeKey), 4),
     "exempt": (8, 4),
     "declared": (8, ctypes.sizeof(Declaration)),
+    "agent_files": (ctypes.sizeof(FileKey), 4),
+    "spared": (8, 4),
+    "unwatched": (8, 4),
 }
 """Maps that user space opens: bytes of key and value."""
 
@@ -217,6 +262,18 @@ def scope_key(member: Endpoint | Prefix | int) -> bytes:
         case _:
             assert_never(member)
     return struct.pack("=IHH16s", SCOPE_PORT_BITS + bits, family, member.port, packed)
+
+
+def file_key(file: tuple[int, int]) -> bytes:
+    """`file` is device, as `st_dev` has it, and inode."""
+    device, inode = file
+    return struct.pack("=QII", inode, s_dev(device), 0)
+
+
+def file_of(key: bytes) -> tuple[int, int]:
+    """The reverse of `file_key`."""
+    inode, device, _unused = struct.unpack("=QII", key)
+    return st_dev(device), inode
 
 
 def st_dev(device: int) -> int:

@@ -50,12 +50,7 @@ class Guard:
         self._sets, self._sets_lock = SetSizes(), threading.Lock()
         self._scope, self._rules, self._installed = scope, redirect.Rules.of(settings, scope), pins.rules_here
         try:
-            for name in pinned_names():
-                self._held[name] = bpf.object_get(settings.pin_dir / name)
-        except OSError as error:
-            self.close()
-            raise KernelError(f"cannot hold the pins in `{settings.pin_dir}`: {error}; restart hopgate") from error
-        try:
+            self._hold()
             self._members = self._sizes()
         except BaseException:
             self.close()
@@ -73,14 +68,31 @@ class Guard:
     def apply(self, scope: Scope) -> None:
         """Takes another scope. Raises `KernelError`; the next look then puts back what was in force before."""
         with self._lock:
-            rules, former = redirect.Rules.of(self._settings, scope), self._pins.scope_here
+            rules = redirect.Rules.of(self._settings, scope)
+            former = self._pins.scope_here, self._pins.agents_here
             try:
                 apply_scope(self._settings, self._pins, scope)
             except BaseException:
-                self._pins.scope_here = former
+                self._pins.scope_here, self._pins.agents_here = former
                 raise
             self._scope, self._rules, self._installed = scope, rules, self._pins.rules_here
+            config = abi.Config.from_buffer_copy(self._config)
+            config.intercept = self._pins.config().intercept
+            self._config = bytes(config)
+            self._hold()
             self._members = self._sizes()
+
+    def _hold(self) -> None:
+        """Holds what is pinned and nothing else: what is held stays attached."""
+        wanted = pinned_names(intercepting=self._scope.agents is not None)
+        for name in self._held.keys() - wanted:
+            os.close(self._held.pop(name))
+        directory = self._settings.pin_dir
+        try:
+            for name in wanted - self._held.keys():
+                self._held[name] = bpf.object_get(directory / name)
+        except OSError as error:
+            raise KernelError(f"cannot hold the pins in `{directory}`: {error}; restart hopgate") from error
 
     def sets_are_whole(self) -> bool:
         """Whether the address sets have as many members as they should: cheap, for many times a second, where `repair`
@@ -139,7 +151,8 @@ class Guard:
     def _repair_attachment(self) -> list[str]:
         found: list[str] = []
         cgroup = self._settings.cgroup.stat().st_ino
-        for name, hook in abi.CGROUP_HOOKS.items():
+        hooks = {**abi.CGROUP_HOOKS, **(abi.PACKET_HOOKS if self._scope.agents is not None else {})}
+        for name, hook in hooks.items():
             link, program = self._held[f"link_{name}"], self._held[f"program_{name}"]
             if bpf.attached_cgroup(link) != cgroup or bpf.linked_program(link) != bpf.object_id(program)[1]:
                 self._attach(name, hook)
@@ -169,6 +182,12 @@ class Guard:
         if self._own.scope() != self._pins.scope_here:
             self._own.set_scope(self._scope)
             found.append("what is recorded was changed")
+        if self._own.agents() != self._pins.agents_here and self._pins.agents_here is not None:
+            self._own.set_agents(self._pins.agents_here)
+            found.append("the files of agents that are intercepted were changed")
+        for node in self._own.spared() - self._pins.spared_here:
+            self._own.unspare(node)
+            found.append(f"process image {node} was spared by somebody else")
         for node in self._own.exempted() - self._pins.exempt_here:
             self._own.unexempt(node)
             found.append(f"process image {node} was exempted from the redirect by somebody else")

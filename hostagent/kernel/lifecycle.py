@@ -21,7 +21,7 @@ import msgspec
 
 from hostagent.kernel import abi, bpf, redirect, turn
 from hostagent.kernel.conntrack import Conntrack
-from hostagent.kernel.loader import require_own
+from hostagent.kernel.loader import pin, require_own
 from hostagent.kernel.pins import Pins, own_netns, remove
 from hostagent.kernel.settings import KernelError, LoadRequest, Scope, Settings
 
@@ -51,10 +51,11 @@ def start(settings: Settings, scope: Scope) -> Pins:
 
 
 def apply_scope(settings: Settings, pins: Pins, scope: Scope) -> None:
-    """Sets what is recorded and what is redirected; what is in both scopes stays covered throughout. Raises
+    """Sets what is recorded, redirected and looked at; what is in both scopes stays covered throughout. Raises
     `KernelError`."""
     with turn.taken(settings.run_dir):
         pins.set_scope(scope)
+        _intercept(settings, pins, scope.agents)
         pins.rules_here = redirect.install(redirect.Rules.of(settings, scope))
 
 
@@ -63,10 +64,20 @@ def attached(settings: Settings) -> bool:
     return _state(settings) == "keep"
 
 
-def pinned_names() -> frozenset[str]:
+def pinned_names(*, intercepting: bool = False) -> frozenset[str]:
     """The files of a complete pin directory."""
-    links = {f"{kind}_{name}" for kind in ("link", "program") for name in abi.PROGRAMS}
-    return frozenset({*abi.MAPS, abi.RING, "blank", "graveyard", *links})
+    links = {f"link_{name}" for name in (*abi.PROGRAMS, *(abi.PACKET_HOOKS if intercepting else ()))}
+    programs = {f"program_{name}" for name in (*abi.PROGRAMS, *abi.PACKET_HOOKS)}
+    return frozenset({*abi.MAPS, abi.RING, "blank", "graveyard", "watches", *links, *programs})
+
+
+def agents_found(settings: Settings) -> frozenset[tuple[int, int]] | None:
+    """The files of the agents that were intercepted before this daemon came; None when nobody was."""
+    try:
+        with Pins.open(settings.pin_dir) as pins:
+            return pins.agents()
+    except (KernelError, OSError):
+        return None
 
 
 def cleanup(pin_dir: Path) -> list[str]:
@@ -98,6 +109,43 @@ def _state(settings: Settings) -> str:
     except OSError as error:
         raise KernelError(f"cannot open cgroup `{settings.cgroup}`: {error.strerror}") from error
     return "keep" if same_cgroup and config.build == abi.build_of(settings, own_netns()) else "replace"
+
+
+def _intercept(settings: Settings, pins: Pins, agents: frozenset[tuple[int, int]] | None) -> None:
+    """Whoever was spared is asked about again: the policy may be another."""
+    for node in pins.spared():
+        pins.unspare(node)
+    links = {name: settings.pin_dir / f"link_{name}" for name in abi.PACKET_HOOKS}
+    if agents is None:
+        pins.end_interception()
+        for link in links.values():
+            link.unlink(missing_ok=True)
+        return
+    pins.set_agents(agents)
+    begins = not pins.config().intercept
+    for name, link in links.items():
+        if not link.exists() or _attached_to(link) != settings.cgroup.stat().st_ino:
+            attach_packet_hook(settings, name)
+            begins = True
+    if begins:
+        pins.begin_interception()
+
+
+def attach_packet_hook(settings: Settings, name: str) -> None:
+    """Attaches the pinned program in the place of what is at its link. Raises `OSError`."""
+    program = bpf.object_get(settings.pin_dir / f"program_{name}")
+    try:
+        target = os.open(settings.cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            link = bpf.link_create(program, target, abi.PACKET_HOOKS[name])
+        finally:
+            os.close(target)
+    finally:
+        os.close(program)
+    try:
+        pin(link, settings.pin_dir / f"link_{name}")
+    finally:
+        os.close(link)
 
 
 def _attached_to(path: Path) -> int:

@@ -17,6 +17,7 @@ The tree is made in a directory of root's own; BCC would otherwise look in a pre
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
 import platform
@@ -200,6 +201,9 @@ def compile_sources(bcc: ModuleType, request: LoadRequest) -> Any:
         f"-DEXEMPT_MAX={sizes.exempt}",
         f"-DDECLARED_MAX={sizes.declared}",
         f"-DEVENTS_BYTES={sizes.event_bytes}",
+        f"-DAGENT_FILES_MAX={sizes.agent_files}",
+        f"-DSPARED_MAX={sizes.spared}",
+        f"-DUNWATCHED_MAX={sizes.unwatched}",
         "-Wno-everything",
     ]
     root = Path(tempfile.mkdtemp(prefix="kernel-source-", dir=request.run_dir))
@@ -223,6 +227,7 @@ def load_programs(module: Any) -> dict[str, int]:
     kinds = dict.fromkeys([*abi.TRACEPOINTS, *abi.TELLING_TRACEPOINTS], module.RAW_TRACEPOINT)
     of_hooks = {bpf.CGROUP_SOCK_OPS: module.SOCK_OPS, bpf.CGROUP_INET_SOCK_CREATE: module.CGROUP_SOCK}
     kinds |= {name: of_hooks[hook] for name, hook in abi.CGROUP_HOOKS.items()}
+    kinds |= dict.fromkeys(abi.PACKET_HOOKS, module.CGROUP_SKB)
     kinds[ITERATOR] = module.TRACING
     programs: dict[str, int] = {}
     for name, kind in kinds.items():
@@ -240,7 +245,8 @@ _NEEDS = {
         "it needs CONFIG_BPF_EVENTS and capabilities CAP_BPF and CAP_PERFMON",
     ),
     **dict.fromkeys(
-        abi.CGROUP_HOOKS, "it needs CONFIG_CGROUP_BPF, bpf_get_netns_cookie (Linux 5.15) and CAP_NET_ADMIN"
+        [*abi.CGROUP_HOOKS, *abi.PACKET_HOOKS],
+        "it needs CONFIG_CGROUP_BPF, bpf_get_netns_cookie (Linux 5.15) and CAP_NET_ADMIN",
     ),
     ITERATOR: "it needs BPF iterators (CONFIG_BPF_EVENTS, CONFIG_DEBUG_INFO_BTF)",
 }
@@ -258,6 +264,10 @@ def attach(programs: dict[str, int], pins: Path, cgroup: Path) -> None:
         for name, hook in abi.CGROUP_HOOKS.items():
             pin(programs[name], pins / f"program_{name}")
             pin(bpf.link_create(programs[name], target, hook), pins / f"link_{name}")
+        for name, hook in abi.PACKET_HOOKS.items():
+            pin(programs[name], pins / f"program_{name}")
+            if (pins / f"link_{name}").exists():
+                pin(bpf.link_create(programs[name], target, hook), pins / f"link_{name}")
     except OSError as error:
         raise KernelError(f"cannot attach to `{cgroup}`: {error.strerror}; it has to be a cgroup2 directory") from error
     finally:
@@ -274,7 +284,15 @@ def pin(fd: int, path: Path) -> None:
 
 def write_config(pins: Path, request: LoadRequest, build: int) -> None:
     config = bpf.Map.pinned(pins / "settings", *abi.MAPS["settings"])
-    value = abi.Config(build=build, layout=request.layout, netns=request.netns, abi=abi.ABI, mark=request.mark)
+    former = abi.Config.from_buffer_copy(config.get(abi.U32.pack(0)) or bytes(ctypes.sizeof(abi.Config)))
+    value = abi.Config(
+        build=build,
+        layout=request.layout,
+        netns=request.netns,
+        abi=abi.ABI,
+        mark=request.mark,
+        intercept=former.intercept,
+    )
     config.put(abi.U32.pack(0), bytes(value))
     config.close()
 

@@ -27,6 +27,7 @@ from proxy.model import Endpoint, Prefix, ProcessImage
 STALE_S = 30.0
 CLOSED_S = 5.0
 _CACHE_MAX = 16_384
+_SPARED_HERE_MAX = 65_536
 _SO_NETNS_COOKIE = 71
 _ONE = abi.U32.pack(1)
 
@@ -75,6 +76,9 @@ class Pins:
         self._scope = maps["scope"]
         self._exempt = maps["exempt"]
         self._declared = maps["declared"]
+        self._agent_files = maps["agent_files"]
+        self._spared = maps["spared"]
+        self._unwatched = maps["unwatched"]
         self._maps = maps
         self._programs = programs
         self._conntrack = conntrack
@@ -87,6 +91,10 @@ class Pins:
         """The keys of the scope that was set through this object."""
         self.rules_here = ""
         """The netfilter rules that were put in with it, as `redirect.present` compares them."""
+        self.agents_here: frozenset[tuple[int, int]] | None = None
+        """The files of agents that were set through this object."""
+        self.spared_here: set[int] = set()
+        """The nodes that were spared through this object: never fewer than are in the map."""
 
     @classmethod
     def open(cls, directory: Path, conntrack: Conntrack | None = None) -> Self:
@@ -306,6 +314,64 @@ class Pins:
     def scope(self) -> frozenset[bytes]:
         """The keys of what is recorded now."""
         return frozenset(self._scope.keys())
+
+    # --- who is looked at ---------------------------------------------------------------------------------------------
+
+    def agents(self) -> frozenset[tuple[int, int]] | None:
+        """The files of the agents that are intercepted; None when nobody is."""
+        if not self.config().intercept:
+            return None
+        return frozenset(map(abi.file_of, list(self._agent_files.keys())))
+
+    def set_agents(self, agents: frozenset[tuple[int, int]]) -> None:
+        """New ones are in before old ones are out. Raises `KernelError` when they do not fit."""
+        self.agents_here = agents
+        wanted = {abi.file_key(file) for file in agents}
+        try:
+            for key in wanted:
+                self._agent_files.put(key, _ONE)
+        except OSError as error:
+            raise KernelError(
+                f"cannot intercept `{len(wanted)}` files of agents: {error}; enlarge the map of agents' files"
+            ) from error
+        for key in list(self._agent_files.keys()):
+            if key not in wanted:
+                self._agent_files.delete(key)
+
+    def begin_interception(self) -> None:
+        """Connections are looked at from now on; what was seen in part before is left alone."""
+        config = self.config()
+        config.intercept = time.monotonic_ns()
+        self.set_config(bytes(config))
+
+    def end_interception(self) -> None:
+        self.agents_here = None
+        config = self.config()
+        config.intercept = 0
+        self.set_config(bytes(config))
+        for key in list(self._unwatched.keys()):
+            self._unwatched.delete(key)
+
+    def spare(self, node: int) -> None:
+        """What processes that run this image send and get passes, whatever it is. Raises `KernelError`."""
+        if len(self.spared_here) > _SPARED_HERE_MAX:
+            self.spared_here &= self.spared()
+        self.spared_here.add(node)
+        try:
+            self._spared.put(abi.U64.pack(node), _ONE)
+        except OSError as error:
+            raise KernelError(f"cannot spare an image that is no agent: {error}") from error
+        if self._nodes.get(abi.U64.pack(node)) is None:
+            # it died meanwhile, and whoever released it found nothing to take along
+            self.unspare(node)
+
+    def unspare(self, node: int) -> None:
+        self._spared.delete(abi.U64.pack(node))
+        self.spared_here.discard(node)
+
+    def spared(self) -> frozenset[int]:
+        """The nodes that are spared."""
+        return frozenset(abi.U64.unpack(key)[0] for key in list(self._spared.keys()))
 
     # --- health -------------------------------------------------------------------------------------------------------
 

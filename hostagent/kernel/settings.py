@@ -23,7 +23,9 @@ class MapSizes:
     """Entries of the kernel's maps; memory is taken at load, about 540 bytes a node. What is started when `procs` or
     `nodes` are full is unlabelled and denied. `graveyard` is how many dead images wait for a late accept; `declared` is
     how many images may be declared to be agents at a time. `event_bytes`, a power of two, holds what the host agent has
-    not read yet, about 90 bytes an event."""
+    not read yet, about 90 bytes an event. `agent_files` are the files of agents that are
+    intercepted, `spared` the images that look like one of them and are none, and `unwatched` the connections of such
+    that cannot be looked at, each at a time."""
 
     procs: int = 65_536
     nodes: int = 98_304
@@ -33,6 +35,9 @@ class MapSizes:
     exempt: int = 1_024
     declared: int = 4_096
     event_bytes: int = 262_144
+    agent_files: int = 1_024
+    spared: int = 16_384
+    unwatched: int = 4_096
 
     def __post_init__(self) -> None:
         if self.event_bytes % mmap.PAGESIZE or self.event_bytes & self.event_bytes - 1:
@@ -63,12 +68,16 @@ class Settings:
 @dataclass(frozen=True, slots=True)
 class Scope:
     """Connects to what is recorded: `ports` at any address and the targets' `endpoints` and `prefixes` are redirected
-    too; `muster` is where the workers connect to, directly, to show which image they are."""
+    too; `muster` is where the workers connect to, directly, to show which image they are.
+
+    Connects to all else are looked at when they come from below one of `agents`: files, as device (`st_dev`) and inode.
+    None: nobody is, and declared agents neither."""
 
     ports: tuple[int, ...] = ()
     endpoints: tuple[Endpoint, ...] = ()
     muster: Endpoint | None = None
     prefixes: tuple[Prefix, ...] = ()
+    agents: frozenset[tuple[int, int]] | None = None
 
     def covers(self, destination: Endpoint) -> bool:
         """Whether connects to it are redirected."""

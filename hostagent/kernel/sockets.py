@@ -77,7 +77,18 @@ class Sockets:
 
     def reset(self, bypass: Bypass) -> bool:
         """Ends it as if the other side had reset it; false when it is gone already. Raises `KernelError`."""
-        body = _REQUEST.pack(bypass.family, socket.IPPROTO_TCP, 0, 0, _STATES, bypass.identity)
+        return self._end(bypass.family, bypass.identity, str(bypass))
+
+    def reset_socket(self, source: Endpoint, dest: Endpoint, cookie: int) -> bool:
+        """The same for the socket with this cookie; false also when it is of another network namespace, or bound to a
+        device. Raises `KernelError`."""
+        packed = [ipaddress.ip_address(end.address).packed for end in (source, dest)]
+        family = socket.AF_INET if len(packed[0]) == 4 else socket.AF_INET6
+        identity = _ID.pack(source.port, dest.port, *packed) + struct.pack("=IQ", 0, cookie)
+        return self._end(family, identity, f"{source} to {dest}")
+
+    def _end(self, family: int, identity: bytes, what: str) -> bool:
+        body = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, 0, _STATES, identity)
         try:
             for _answer in self._ask(_SOCK_DESTROY, _NLM_F_ACK, body):
                 pass
@@ -85,7 +96,7 @@ class Sockets:
             return False
         except OSError as error:
             raise KernelError(
-                f"cannot reset the connection {bypass}: {error.strerror or error}; the kernel needs "
+                f"cannot reset the connection {what}: {error.strerror or error}; the kernel needs "
                 "CONFIG_INET_DIAG_DESTROY, otherwise end the process that has it"
             ) from error
         return True

@@ -4,7 +4,10 @@ Run as `python -I -S programs.py NAME ARGUMENTS`. What a test looks for in the l
 (`tag-…`).
 """
 
+import contextlib
+import ctypes
 import os
+import random
 import socket
 import struct
 import sys
@@ -151,6 +154,77 @@ def reset(address, port, tag):
     """Connects and resets at once."""
     with socket.create_connection((address, int(port))) as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+
+def talk(address, port, tag, *steps):
+    """Connects and does one step after another, `VERB[:HEX]`; says in hex what came from the server, and how it ended.
+
+    `send`, `bytes` (one in each segment), `fast` (in the SYN), `close` (no more to send), `recv` (what there is),
+    `filter` (takes what memory the socket may have), `options4` and `options6` (headers before that of TCP), `line`
+    (waits for one on standard input).
+    """
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as client:
+        client.settimeout(3)
+        client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connected = False
+        for step in steps:
+            verb, _, words = step.partition(":")
+            data = bytes.fromhex(words)
+            try:
+                if verb == "filter":
+                    code = ctypes.create_string_buffer(struct.pack("HBBI", 6, 0, 0, 0xFFFF) * 4096)
+                    for length in range(4096, 0, -1):
+                        program = struct.pack("HL", length, ctypes.addressof(code))
+                        with contextlib.suppress(OSError):
+                            client.setsockopt(socket.SOL_SOCKET, 26, program)
+                            break
+                elif verb == "options4":
+                    client.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, b"\x01" * 8)
+                elif verb == "options6":
+                    client.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_DSTOPTS, bytes([0, 0, 1, 4, 0, 0, 0, 0]))
+                elif verb == "fast":
+                    client.sendto(data, socket.MSG_FASTOPEN, (address, int(port)))
+                    connected = True
+                else:
+                    if not connected:
+                        client.connect((address, int(port)))
+                        connected = True
+                    if verb == "send":
+                        client.sendall(data)
+                    elif verb == "bytes":
+                        for byte in data:
+                            client.sendall(bytes([byte]))
+                            time.sleep(0.002)
+                    elif verb == "close":
+                        client.shutdown(socket.SHUT_WR)
+                    elif verb == "recv":
+                        print(client.recv(1 << 16).hex(), flush=True)
+                    elif verb == "line":
+                        print("ready", flush=True)
+                        sys.stdin.readline()
+            except OSError as error:
+                print(type(error).__name__, flush=True)
+                return
+        if connected:
+            # struct tcp_info: the fast open's data was acknowledged
+            print(f"options {client.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)[5]:#x}", flush=True)
+
+
+def noise(address, port, tag, number, seed):
+    """Sends `number` random beginnings, each by a connection of its own, and says how many came back as they were."""
+    chosen = random.Random(int(seed))
+    same = 0
+    for _ in range(int(number)):
+        data = chosen.randbytes(chosen.choice([1, 2, 7, 8, 9, 15, 16, 17, 100, 3000]))
+        with socket.create_connection((address, int(port)), timeout=5) as client:
+            client.sendall(data)
+            client.shutdown(socket.SHUT_WR)
+            came = b""
+            while more := client.recv(1 << 16):
+                came += more
+            same += came == data
+    print(same, flush=True)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -58,7 +59,8 @@ def test_cleanup_leaves_nothing() -> None:
         before = _everything(made.netns)
         made.load()
         ids = _ids(made)
-        assert len(ids["prog"]) == len(abi.PROGRAMS) == len(ids["link"]) and len(ids["map"]) == len(abi.MAPS) + 3
+        assert len(ids["prog"]) == len(abi.PROGRAMS) + len(abi.PACKET_HOOKS) and len(ids["link"]) == len(abi.PROGRAMS)
+        assert len(ids["map"]) == len(abi.MAPS) + 4
         assert _everything(made.netns) != before
         made.pins.close()
         with namespaces.entered(made.netns):
@@ -236,12 +238,14 @@ def test_the_python_mirror_has_the_layout_that_the_kernel_has(shared: Bed) -> No
         "connects": (abi.ConnectKey, abi.ConnectRecord),
         "scope": (abi.ScopeKey, None),
         "declared": (None, abi.Declaration),
+        "agent_files": (abi.FileKey, None),
+        "watches": (None, abi.Watch),
     }
     compared = 0
     for name, pair in mirrors.items():
         fd = bpf.object_get(shared.settings.pin_dir / name)
         try:
-            assert bpf.map_sizes(fd) == abi.MAPS[name]
+            assert bpf.map_sizes(fd) == {**abi.MAPS, "watches": (4, ctypes.sizeof(abi.Watch))}[name]
         finally:
             os.close(fd)
         types = _types(shared.settings.pin_dir / name)
@@ -253,7 +257,7 @@ def test_the_python_mirror_has_the_layout_that_the_kernel_has(shared: Bed) -> No
             fields = [(member["name"], member["bits_offset"] // 8) for member in found["members"]]
             assert fields == [(field[0], getattr(mirror, field[0]).offset) for field in mirror._fields_], struct_name
             compared += 1
-    assert compared == 6
+    assert compared == 8
 
 
 def _types(path: Path) -> list[dict[str, Any]]:
@@ -277,6 +281,8 @@ def test_the_python_mirror_has_the_numbers_of_the_header() -> None:
     assert numbers["CONNECT_AMBIGUOUS"] == abi.CONNECT_AMBIGUOUS
     assert numbers["CONNECT_CLOSED"] == abi.CONNECT_CLOSED
     assert {name: number for name, number in numbers.items() if name.startswith("EVENT_")} == abi.EVENTS
+    protocols = {number: name for name, number in numbers.items() if name.startswith("PROTOCOL_")}
+    assert {number: f"PROTOCOL_{name.upper()}" for number, name in abi.PROTOCOLS.items()} == protocols
     assert numbers["COUNTERS"] == len(abi.COUNTERS)
     assert numbers["OVERFLOW_LAST"] + 1 == len(abi.OVERFLOWS)
     for prefix in ("OVERFLOW_", "COUNT_"):
