@@ -116,8 +116,7 @@ class Daemon:
         authority = await self._prepared(lambda: open_authority(settings.state_dir))
         self._store = await self._prepared(lambda: Store.create(settings.store_path))
         self._sessions = Sessions(self._store, settings.recordings_dir, host=socket.gethostname())
-        for row in await self._prepared(self._sessions.recover):
-            log.warning("session was interrupted", session=row.id, operations=row.operations)
+        left_open = await self._prepared(self._sessions.recover)
         self.approvals = Approvals(self._store)
         await self._prepared(self.approvals.recover)
 
@@ -184,6 +183,7 @@ class Daemon:
                 tasks.create_task(kernel.follow(self._events, {abi.EVENTS["EVENT_SENT_RAW"]: raw_sockets.told})),
                 tasks.create_task(self._follow_names()),
                 tasks.create_task(self._tell_when_ready()),
+                tasks.create_task(self._end_sessions(left_open)),
             ]
             await self._stopping.wait()
             notify(STOPPING=1, STATUS="stopping: connections are refused until the next start")
@@ -332,6 +332,12 @@ class Daemon:
             pins = await asyncio.to_thread(kernel.start, _kernel_settings(self.settings), _scope_of(policy, None))
             pins.close()
             raise
+
+    async def _end_sessions(self, left_open: list[str]) -> None:
+        """Those of a daemon that died. Their recordings can be long, and clients do not wait for that."""
+        for session in left_open:
+            await asyncio.to_thread(self._sessions.interrupt, session, "the host agent died")
+            log.warning("session was interrupted", session=session)
 
     async def _sweep(self) -> None:
         lost = False

@@ -2,7 +2,7 @@
 
     (nothing) --open--> open --close--> closed        the recording ends with its last record, as the worker says
                          |   \\-close--> interrupted   it does not
-                         +--interrupt, recover-------> interrupted (a worker or the daemon died)
+                         +--interrupt----------------> interrupted (a worker or the daemon died)
 
 The file is made first, with its header, and then the row: a daemon that is killed in between leaves a recording of one
 line, which `recover` takes into the index.
@@ -148,15 +148,13 @@ class Sessions:
             reason=reason,
         )
 
-    def recover(self) -> list[SessionRow]:
-        """At daemon start, when no worker runs: whatever is still open was interrupted. Gives those sessions as they
-        are now. Raises `StoreUnavailable`."""
+    def recover(self) -> list[str]:
+        """At daemon start, before a session is opened: whatever is still open was interrupted. Gives the ids of those
+        sessions, each of which `interrupt` is then to end; that reads all of a recording, and nobody has to wait for
+        it. Raises `StoreUnavailable`."""
         for path in self._unindexed():
             self._adopt(path)
-        rows = self._store.sessions(state=SessionState.OPEN)
-        for row in rows:
-            self._interrupt(row, "the host agent died")
-        return [found for row in rows if (found := self._store.session(row.id)) is not None]
+        return [row.id for row in self._store.sessions(state=SessionState.OPEN)]
 
     def _interrupt(self, row: SessionRow, reason: str) -> None:
         path = self.recordings / row.recording

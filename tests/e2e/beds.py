@@ -21,6 +21,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from hostagent.control import client, messages
 from tests.lab.cgroups import cgroup
 from tests.lab.hopgate import Gateway, gateway
 from tests.lab.namespaces import entered, linked_namespaces
@@ -95,8 +96,9 @@ class Bed:
             process.wait()
 
     def status(self) -> dict[str, object]:
-        found: dict[str, object] = json.loads(self.gateway.cli("status", "--json").stdout)
-        return found
+        """Raises `OperatorError` when the daemon does not answer."""
+        path = self.gateway.directory / "run" / "control.sock"
+        return client.ask(path, messages.AskStatus(), messages.Status).report
 
     def sessions(self) -> list[dict[str, object]]:
         found: list[dict[str, object]] = json.loads(self.gateway.cli("sessions", "--json", "--limit", "0").stdout)

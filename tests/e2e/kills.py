@@ -24,7 +24,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from hostagent.control import client, messages
 from hostagent.errors import OperatorError
 from tests.e2e import beds
 from tests.e2e.beds import DATABASE, Bed, target, wait_until
@@ -104,8 +103,7 @@ def _kill_worker(world: World, chance: random.Random, outcome: Outcome) -> None:
 
 def _serving(world: World) -> int:
     with contextlib.suppress(OperatorError):
-        socket = world.gateway.directory / "run" / "control.sock"
-        serving = client.ask(socket, messages.AskStatus(), messages.Status).report["workers"]
+        serving = world.status()["workers"]
         assert isinstance(serving, int)
         return serving
     return -1

@@ -531,10 +531,30 @@ def test_while_the_daemon_is_dead_connects_are_refused_and_its_restart_doubles_n
     assert rules_of(world) == rules
     assert programs_of(world) == programs
     assert sorted(path.name for path in world.gateway.pin_dir.iterdir()) == pins
-    (row,) = [row for row in world.sessions() if row["id"] == session]
-    assert row["state"] == "interrupted" and "the host agent died" in str(row["reason"])
+
+    def row() -> dict[str, object]:
+        (found,) = [row for row in world.sessions() if row["id"] == session]
+        return found
+
+    wait_until(lambda: row()["state"] == "interrupted", "the session of the dead daemon was ended")
+    assert "the host agent died" in str(row()["reason"])
     assert not [text for text in world.served_statements() if "while dead" in text]
     assert world.gateway.cli("audit", "verify").returncode == 0
+
+
+def test_a_second_daemon_touches_nothing(world: World) -> None:
+    rules, pins = rules_of(world), sorted(path.name for path in world.gateway.pin_dir.iterdir())
+    deaths = world.status()["worker_deaths"]
+    with Talk(world) as talk:
+        session, _ = session_of(world, talk)
+        second = world.gateway.cli("run", check=False)
+        assert second.returncode == 1 and "is another hopgate running?" in second.stderr, second.stderr
+        (row,) = [row for row in world.sessions() if row["id"] == session]
+        assert row["state"] == "open"
+        assert talk.say("SELECT 'still here';") == "still here\n"
+    assert rules_of(world) == rules
+    assert sorted(path.name for path in world.gateway.pin_dir.iterdir()) == pins
+    assert world.status()["worker_deaths"] == deaths
 
 
 def test_nothing_unrecorded_reaches_the_server_whatever_is_killed_when(world: World) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from hostagent.control.audit import verify_all
-from hostagent.control.rows import SessionState
+from hostagent.control.rows import SessionRow, SessionState
 from hostagent.control.sessions import OpenSession, RecordingUnavailable, Sessions, recording_path
 from hostagent.control.store import Store, StoreUnavailable
 from proxy.model import Chain, Decision, Endpoint, Hop, Operation, OperationKind, Phase, ProcessImage, Reason, Ruling
@@ -83,6 +83,14 @@ def lived(sessions: Sessions, *, end: bool = True) -> OpenSession:
             reason="the client disconnected",
         )
     return session
+
+
+def recovered(sessions: Sessions, store: Store) -> list[SessionRow]:
+    """What a daemon does with the sessions of one that died."""
+    left_open = sessions.recover()
+    for session in left_open:
+        sessions.interrupt(session, "the host agent died")
+    return [row for session in left_open if (row := store.session(session)) is not None]
 
 
 def test_a_session_is_recorded_and_indexed_before_a_worker_gets_it(sessions: Sessions, store: Store) -> None:
@@ -221,15 +229,15 @@ while True:
     store = Store.create(state / "control.sqlite")
     try:
         sessions = Sessions(store, state / "recordings", host="h")
-        recovered = sessions.recover()
-        assert {row.id for row in recovered} >= set(told)
-        for row in recovered:
+        rows = recovered(sessions, store)
+        assert {row.id for row in rows} >= set(told)
+        for row in rows:
             assert row.state is SessionState.INTERRUPTED
             assert row.records >= told.get(row.id, 1)
             assert row.operations == row.records - 1
         report = verify_all(store, state / "recordings")
         assert report.holds, report.findings
-        assert report.sessions == len(recovered)
+        assert report.sessions == len(rows)
         assert sessions.recover() == []
     finally:
         store.close()
@@ -243,7 +251,7 @@ def test_a_header_that_was_written_and_not_indexed_is_taken_in(sessions: Session
         connection.execute("DELETE FROM sessions WHERE id IN (?, ?)", (lost.id, empty.id))
     connection.close()
     empty.path.write_bytes(empty.path.read_bytes()[:40])
-    assert {row.id for row in sessions.recover()} == {indexed.id, lost.id}
+    assert {row.id for row in recovered(sessions, store)} == {indexed.id, lost.id}
     assert not empty.path.exists()
     assert verify_all(store, sessions.recordings).holds
 
@@ -372,7 +380,7 @@ def test_the_end_of_a_session_outlives_a_store_that_does_not_answer(sessions: Se
     with sqlite3.connect(store.path) as connection:
         connection.execute("ALTER TABLE elsewhere RENAME TO sessions")
     connection.close()
-    assert [row.id for row in sessions.recover()] == [session.id]
+    assert [row.id for row in recovered(sessions, store)] == [session.id]
 
 
 def test_the_store_serves_threads_and_other_processes(sessions: Sessions, store: Store) -> None:
