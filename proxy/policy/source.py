@@ -94,6 +94,11 @@ class Source(Generic[T]):
                 return self._shape(node, shape.type, path)
             case msgspec.inspect.UnionType():
                 return self._shape_union(node, shape, path)
+            case msgspec.inspect.AnyType():
+                try:
+                    return yaml.constructor.SafeConstructor().construct_document(node)
+                except yaml.YAMLError as error:
+                    return self._complain(node, f"`{_last(path)}` cannot be read: {' '.join(str(error).split())}")
             case msgspec.inspect.StructType():
                 return self._shape_struct(node, shape, path)
             case msgspec.inspect.DictType():

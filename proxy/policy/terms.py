@@ -143,6 +143,8 @@ def _mask_problem(mask: ObjectMask) -> tuple[str, str] | None:
             return key, "an empty glob fits nothing"
     if mask.method == "hide":
         return ("field", "`hide` leaves out objects: it has no `field`") if mask.field else None
+    if not mask.field:
+        return "resource", f"a mask on `{mask.resource}` needs a `field`, or the method `hide`"
     try:
         path = parse_field(mask.field)
     except BadName as error:

@@ -8,7 +8,7 @@ import pytest
 
 from proxy.model import Endpoint, TlsMode
 from proxy.policy import Agent, Document, PolicyError, load, resolve
-from proxy.policy.document import Mask
+from proxy.policy.document import Mask, ObjectMask, Requests, Where
 
 CERTIFICATE = "-----BEGIN CERTIFICATE-----\nMA==\n-----END CERTIFICATE-----\n"
 
@@ -259,3 +259,173 @@ def test_two_targets_cannot_share_an_address(tmp_path: Path) -> None:
     again = GOOD.split("rules:")[0].split("targets:")[1].replace("orders:", "other:")
     with pytest.raises(PolicyError, match="`other` is also an address of target `orders`"):
         resolve(load(written(tmp_path, a=GOOD, b=f"targets:{again}")), names)
+
+
+# --- Kubernetes -------------------------------------------------------------------------------------------------------
+
+CLUSTER = """agents: {A: {exe: /a}}
+targets:
+  k: {protocol: kubernetes, addresses: a, credential: c}
+  p: {protocol: postgresql, addresses: b, credential: c}
+rules:
+  - name: r
+    agents: A
+    targets: k
+"""
+
+PODS = "    decision: allow\n    verbs: [create]\n    resources: pods\n"
+
+
+def test_a_rule_on_requests_is_loaded_as_it_is_written(tmp_path: Path) -> None:
+    text = CLUSTER + (
+        "    decision: hold\n    verbs: [create, patch]\n    resources: [pods, '*.example.com']\n"
+        "    namespaces: [shop, 'ci-*']\n    names: web-*\n"
+        "    where:\n      - {path: 'spec.containers[*].image', in: [a/*, b/*], absent: true}\n"
+        "      - {path: spec.replicas, not_in: '0'}\n"
+        "    masks:\n      - {resource: secrets, field: data.*, names: x, method: partial}\n"
+        "      - {resource: pods, namespaces: kube-*, method: hide}\n"
+        "  - {name: e, agents: A, targets: '*', decision: allow, verbs: create, resources: pods/exec, commands: ls}\n"
+        "  - {name: f, agents: A, targets: '*', decision: allow, verbs: '*', resources: pods/portforward, ports: 80}\n"
+        "  - {name: g, agents: A, targets: k, decision: allow, verbs: read, paths: [/metrics]}\n"
+    )
+    document = load(written(tmp_path, p=text))
+    made, *more = document.rules
+    assert made.requests == Requests(
+        verbs=("create", "patch"),
+        resources=("pods", "*.example.com"),
+        namespaces=("shop", "ci-*"),
+        names=("web-*",),
+        where=(
+            Where("spec.containers[*].image", ("a/*", "b/*"), (), True),
+            Where("spec.replicas", (), ("0",), False),
+        ),
+    )
+    assert made.object_masks == (
+        ObjectMask("secrets", (), ("x",), "data.*", "partial"),
+        ObjectMask("pods", ("kube-*",), (), "", "hide"),
+    )
+    assert [each.requests for each in more] == [
+        Requests(("create",), ("pods/exec",), commands=("ls",)),
+        Requests(("*",), ("pods/portforward",), ports=(80,)),
+        Requests(("read",), paths=("/metrics",)),
+    ]
+    cluster, database = resolve(document, names).targets
+    assert (cluster.protocol, database.protocol) == ("kubernetes", "postgresql")
+    assert {endpoint.port for endpoint in cluster.endpoints} == {6443}
+
+
+@pytest.mark.parametrize(
+    ("rule", "said"),
+    [
+        ("    decision: allow\n    verbs: get", "p.yaml:10: rule `r` has no `resources`, and no `paths`"),
+        ("    decision: allow\n    resources: pods", "p.yaml:9: rule `r` decides on no `verbs`"),
+        ("    verbs: get\n    resources: pods", "p.yaml:6: rule `r` has no `decision`"),
+        (
+            "    decision: allow\n    verbs: [get, fetch]\n    resources: pods",
+            "p.yaml:10: unknown verb `fetch` for `resources`",
+        ),
+        (
+            "    decision: allow\n    verbs: post\n    resources: pods",
+            "p.yaml:10: unknown verb `post` for `resources` in rule `r`: post is create, put is update",
+        ),
+        ("    decision: allow\n    verbs: list\n    paths: /x", "p.yaml:10: unknown verb `list` for `paths`"),
+        ("    decision: allow\n    verbs: get\n    paths: x", "p.yaml:11: `x` is not a path: it starts with `/`"),
+        (
+            "    decision: allow\n    verbs: get\n    paths: /x\n    resources: pods",
+            "p.yaml:11: `paths` are in place of",
+        ),
+        ("    decision: allow\n    verbs: get\n    paths: /x\n    names: a", "p.yaml:12: `names` is of `resources`"),
+        (
+            "    decision: deny\n    verbs: delete\n    resources: [pods, deployments]",
+            "p.yaml:11: `deployments` is no resource of the core group: write `deployments.apps`",
+        ),
+        (
+            "    decision: deny\n    verbs: delete\n    resources: pod",
+            "p.yaml:11: `pod` is no resource of the core group",
+        ),
+        ("    decision: deny\n    verbs: delete\n    resources: Pods", "p.yaml:11: `Pods` is not a resource"),
+        ("    decision: deny\n    verbs: delete\n    resources: pods/a/b", "p.yaml:11: `pods/a/b` is not a resource"),
+        (
+            "    decision: deny\n    verbs: get\n    resources: [pods/exec, pods/attach]",
+            "p.yaml:10: the verb of `attach`, `exec` is always `create`",
+        ),
+        (PODS + "    commands: ls", "p.yaml:12: `commands` is of `pods/exec`"),
+        (PODS + "    ports: 80", "p.yaml:12: `ports` is of `pods/portforward`"),
+        (PODS.replace("pods", "pods/portforward") + "    ports: [80, 0]", "p.yaml:12: `0` is not a port"),
+        (PODS + "    names: ['']", "p.yaml:12: an empty glob fits nothing"),
+        (
+            PODS + "    where: [{path: spec.x}]",
+            "p.yaml:12: a condition on `spec.x` needs `in`, `not_in` or `absent: true`",
+        ),
+        (PODS + "    where: [{path: 'spec[0]', in: a}]", "p.yaml:12: `spec[0]` is not a field"),
+        (PODS + "    where: [{path: '[*].a', in: a}]", "p.yaml:12: `[*].a` is not a field"),
+        (PODS + "    where: [{path: .a, in: a}]", "p.yaml:12: `.a` is not a field"),
+        (PODS + "    where: [{path: a..b, in: a}]", "p.yaml:12: `a..b` is not a field"),
+        (PODS + "    where: [{path: a, absent: 1}]", "p.yaml:12: `absent` wants true or false, `1` is a number"),
+        (
+            PODS + "    where: [{path: a, in: true}]",
+            "p.yaml:12: `in` wants text, `true` is a boolean: put it in quotes",
+        ),
+        (
+            PODS.replace("[create]", "write") + "    where: [{path: a, in: b}]",
+            "p.yaml:12: `where` looks at bodies: `verbs` can be create, update, patch",
+        ),
+        (PODS + "    statements: select", "p.yaml:12: rule `r` speaks of SQL and of requests: `statements`"),
+        (
+            "    decision: allow\n    statements: select\n    namespaces: a",
+            "p.yaml:11: rule `r` speaks of SQL and of requests: `namespaces`",
+        ),
+        (
+            "    decision: allow\n    statements: select",
+            "p.yaml:8: target `k` is `kubernetes`, `statements` in `r` is not",
+        ),
+        (PODS.replace("    dec", "    targets: [k, p]\n    dec", 1), "p.yaml:9: key `targets` is given twice"),
+        (
+            PODS + "    masks: [{column: a.b.c, method: hash}]",
+            "p.yaml:12: rule `r` speaks of SQL and of requests: `masks`",
+        ),
+        ("    masks: [{method: hash}]", "p.yaml:9: a mask needs `column`, or `resource` and `field`, and not both"),
+        ("    masks: [{resource: secrets, method: hash}]", "p.yaml:9: a mask on `secrets` needs a `field`, or"),
+        (
+            "    masks: [{resource: secrets, field: data, method: hide}]",
+            "p.yaml:9: `hide` leaves out objects: it has no `field`",
+        ),
+        ("    masks: [{resource: 'secret*', field: data, method: hash}]", "p.yaml:9: `secret*`: a mask names one"),
+        ("    masks: [{resource: pods/log, field: data, method: hash}]", "p.yaml:9: `pods/log`: a mask names one"),
+        ("    masks: [{resource: jobs, field: spec, method: hash}]", "p.yaml:9: `jobs` is no resource of the core"),
+        ("    masks: [{resource: pods, field: metadata.*, method: hash}]", "p.yaml:9: `metadata.*`: clients need kind"),
+        ("    masks: [{resource: pods, field: metadata, method: hash}]", "p.yaml:9: `metadata`: clients need kind"),
+        (
+            "    masks:\n      - {resource: pods, field: a, method: hash}\n"
+            "      - {resource: pods, field: a, method: redact}",
+            "p.yaml:11: `a` of `pods` is masked twice",
+        ),
+    ],
+)
+def test_a_rule_on_requests_is_checked(tmp_path: Path, rule: str, said: str) -> None:
+    found = problems(tmp_path, CLUSTER + rule)
+    assert [problem for problem in found if problem.startswith(said)], found
+
+
+def test_targets_and_words_have_to_be_of_one_protocol(tmp_path: Path) -> None:
+    text = CLUSTER.replace("targets: k\n", "targets: [k, p]\n") + PODS
+    assert problems(tmp_path, text) == ["p.yaml:8: target `p` is `postgresql`, `verbs` in `r` is not"]
+    text = CLUSTER.replace("targets: k\n", "targets: p\n") + "    masks: [{resource: pods, field: a, method: hash}]"
+    assert problems(tmp_path, text) == ["p.yaml:8: target `p` is `postgresql`, `masks` in `r` is not"]
+    text = CLUSTER.replace("targets: k\n", "targets: p\n") + "    masks: [{column: a.b.c, method: hide}]"
+    assert problems(tmp_path, text) == ["p.yaml:9: `hide` is for a `resource`, not for a column"]
+    text = CLUSTER.replace("targets: k\n", "targets: p\n") + "    masks: [{column: a.b.c, names: x, method: hash}]"
+    assert problems(tmp_path, text) == ["p.yaml:9: `names` of a mask is for a `resource`, not for a column"]
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        ("tls: {mode: require}", "`require`: an API server is spoken to by verify-full or verify-ca"),
+        ("tls: {mode: disable}", "`disable`: an API server is spoken to by verify-full or verify-ca"),
+        ("databases: x", "an API server has no `databases`: use `namespaces` in rules"),
+    ],
+)
+def test_an_api_server_is_checked(tmp_path: Path, more: str, said: str) -> None:
+    text = CLUSTER.split("rules:")[0].replace("credential: c}\n  p", f"credential: c, {more}}}\n  p")
+    assert problems(tmp_path, text) == [f"p.yaml:3: {said}"]
