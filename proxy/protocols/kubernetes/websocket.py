@@ -133,6 +133,10 @@ class Reader:
             raise self._violation("something follows its close frame")
         if len(buffer) < at + 2:
             return 0
+        if buffer[at] & _RESERVED:
+            raise self._violation("reserved bits are set, and no extension was agreed on")
+        if bool(buffer[at + 1] & _MASKED) is not self._masked:
+            raise self._violation(f"a frame is {'not ' if self._masked else ''}masked")
         length = buffer[at + 1] & _LENGTH
         extended = 2 if length == _LENGTH_16 else 8 if length == _LENGTH_64 else 0
         return 2 + extended + (4 if self._masked else 0)
@@ -140,12 +144,7 @@ class Reader:
     def _read_header(self, buffer: bytes, at: int, size: int) -> tuple[int, bool, int]:
         first, second = buffer[at], buffer[at + 1]
         opcode, final = first & _OPCODE, bool(first & _FINAL)
-        if first & _RESERVED:
-            raise self._violation("reserved bits are set, and no extension was agreed on")
-        if bool(second & _MASKED) is not self._masked:
-            raise self._violation(f"a frame is {'not ' if self._masked else ''}masked")
-        short = second & _LENGTH
-        length = short
+        length = short = second & _LENGTH
         if short >= _LENGTH_16:
             width = 2 if short == _LENGTH_16 else 8
             length = int.from_bytes(buffer[at + 2 : at + 2 + width])
