@@ -19,6 +19,7 @@ from proxy.masking import masker
 from proxy.model import FieldMask, RequestFacts
 from proxy.model.fields import FieldPath
 from proxy.protocols.kubernetes import masks
+from proxy.protocols.kubernetes.fields import HIDE
 from proxy.protocols.kubernetes.masks import Plan, Redactor, Transformer, Unmaskable
 
 MARKER = "m4rk3r"
@@ -31,12 +32,12 @@ Json = Any
 
 
 def mask(resource: str, path: str, method: str = "redact", **scope: tuple[str, ...]) -> FieldMask:
-    function = (lambda value: value) if method == masks.HIDE else masker(method, KEY)
+    function = (lambda value: value) if method == HIDE else masker(method, KEY)
     return FieldMask(resource, scope.get("namespaces", ()), scope.get("names", ()), path, method, function)
 
 
 def hide(resource: str, **scope: tuple[str, ...]) -> FieldMask:
-    return mask(resource, "", masks.HIDE, **scope)
+    return mask(resource, "", HIDE, **scope)
 
 
 def facts(verb: str = "list", resource: str = "secrets", **more: Any) -> RequestFacts:
