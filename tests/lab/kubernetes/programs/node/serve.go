@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"path/filepath"
 	"strconv"
 	"time"
@@ -111,8 +112,8 @@ func (n *node) serveLogs(w http.ResponseWriter, r *http.Request) {
 		http.Error(w, err.Error(), http.StatusNotFound)
 		return
 	}
-	wanted := &v1.PodLogOptions{}
-	if err := scheme.ParameterCodec.DecodeParameters(r.URL.Query(), v1.SchemeGroupVersion, wanted); err != nil {
+	options, err := parseLogOptions(r.URL.Query())
+	if err != nil {
 		http.Error(w, err.Error(), http.StatusBadRequest)
 		return
 	}
@@ -125,18 +126,38 @@ func (n *node) serveLogs(w http.ResponseWriter, r *http.Request) {
 	out := &flushed{w}
 	// a follower gets its head at once, and not with the first line
 	out.flush()
-	options := &logs.LogOptions{
-		TailLines: wanted.TailLines, LimitBytes: wanted.LimitBytes, Follow: wanted.Follow, Timestamp: wanted.Timestamps,
-	}
-	switch {
-	case wanted.SinceSeconds != nil:
-		options.Since = time.Now().Add(-time.Duration(*wanted.SinceSeconds) * time.Second)
-	case wanted.SinceTime != nil:
-		options.Since = wanted.SinceTime.Time
-	}
 	if err := logs.ReadLogs(r.Context(), path, found.id(), options, liveness{n: n, of: found}, out, out); err != nil {
 		fmt.Fprintf(out, "%v\n", err)
 	}
+}
+
+// parseLogOptions reads the parameters of v1.PodLogOptions that say which part of a log is meant.
+func parseLogOptions(query url.Values) (*logs.LogOptions, error) {
+	options := &logs.LogOptions{Follow: query.Get("follow") == "true", Timestamp: query.Get("timestamps") == "true"}
+	var sinceSeconds *int64
+	for name, to := range map[string]**int64{
+		"tailLines": &options.TailLines, "limitBytes": &options.LimitBytes, "sinceSeconds": &sinceSeconds,
+	} {
+		if !query.Has(name) {
+			continue
+		}
+		number, err := strconv.ParseInt(query.Get(name), 10, 64)
+		if err != nil {
+			return nil, fmt.Errorf("`%s`: %w", name, err)
+		}
+		*to = &number
+	}
+	if sinceSeconds != nil {
+		options.Since = time.Now().Add(-time.Duration(*sinceSeconds) * time.Second)
+	}
+	if query.Has("sinceTime") {
+		since, err := time.Parse(time.RFC3339, query.Get("sinceTime"))
+		if err != nil {
+			return nil, fmt.Errorf("`sinceTime`: %w", err)
+		}
+		options.Since = since
+	}
+	return options, nil
 }
 
 // stream runs exec and attach in one container. Of the streams, it uses those that the request asked for.
