@@ -337,7 +337,7 @@ class KubernetesMachine:
             if exchange.writer is not None:
                 out.append(self._said(exchange.writer, exchange.method, self._blame, message, hint, last=True))
             out += self._break_off(message)
-        elif self._heads or self._blame != 503:
+        elif self._heads or self._blame not in (502, 503):
             blame = 408 if self._blame == 503 else self._blame
             out.append(self._said(http.bare_connection(), "", blame, message, hint, last=True))
         return out + self._close(message)
