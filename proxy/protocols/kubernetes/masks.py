@@ -384,11 +384,17 @@ def _elements(values: Values, out: list[bytes], show: Callable[[msgspec.Raw], ob
     """An array, up to its end."""
     yield from _mark(values, out, b"[")
     first = shown_first = True
+    mark = b""
     while (yield from _peek(values, out)) != _CLOSING_BRACKET:
         if not first:
             yield from _mark(values, out, b",")
-        first = False
-        shown = show(msgspec.Raw((yield from _next(values, out))))
+        raw = _guessed(values, mark) if mark else None
+        if raw is None:
+            raw = yield from _next(values, out)
+        if first:
+            first = False
+            mark = b"," + raw[: raw.find(b":") + 1] if raw[:2] == b'{"' else b""
+        shown = show(msgspec.Raw(raw))
         if shown is not GONE:
             if not shown_first:
                 out.append(b",")
@@ -396,6 +402,20 @@ def _elements(values: Values, out: list[bytes], show: Callable[[msgspec.Raw], ob
             out.append(_encode(shown))
     yield from _mark(values, out, b"]")
     out.append(b"]")
+
+
+def _guessed(values: Values, mark: bytes) -> bytes | None:
+    """The next element, if the one behind it begins as the first one did. This is so in what an API server sends, and
+    ten times faster than to look for the end."""
+    raw = values.up_to(mark)
+    if raw is None:
+        return None
+    try:
+        _VALID.decode(raw)
+    except msgspec.DecodeError:
+        return None
+    values.take(len(raw))
+    return raw
 
 
 def _next(values: Values, out: list[bytes]) -> Generator[bytes, None, bytes]:

@@ -77,6 +77,14 @@ class Values:
         self._start = self._at = end
         return value
 
+    def up_to(self, mark: bytes) -> bytes | None:
+        """The bytes before the next `mark`, left unread; None where there is none, or where a value is half searched.
+        They are a whole value if they are JSON: no object begins with another."""
+        if self._at != self._start:
+            return None
+        end = self._buffer.find(mark, self._start)
+        return bytes(memoryview(self._buffer)[self._start : end]) if end >= 0 else None
+
     def _end_of_nested(self) -> int:
         buffer, size, depth = self._buffer, len(self._buffer), self._depth
         while self._at < size:

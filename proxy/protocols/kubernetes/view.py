@@ -37,6 +37,7 @@ _MAX_FIELDS: Final = 64
 
 _OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _LIST = msgspec.json.Decoder(list[msgspec.Raw])
+_OBJECTS = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
 _TEXT = msgspec.json.Decoder(str)
 encode = msgspec.json.Encoder().encode
 
@@ -125,20 +126,23 @@ class View:
             if _starts(items, _BRACKET):
                 default = (api_version, kind.removesuffix("List"))
                 members["items"] = [
-                    shown for item in _LIST.decode(_raw(items)) if (shown := self.item(item, default)) is not GONE
+                    shown for item in _objects(items) if (shown := self._object(item, item, default, "")) is not GONE
                 ]
             return members
         return self._object(members, raw, ("", ""), self._facts.name)
 
     def item(self, raw: msgspec.Raw, default: tuple[str, str]) -> object:
         """One of a list. `default` is the version and kind of an item that does not say them."""
-        return self._object(self._members(raw), raw, default, "")
+        members = self._members(raw)
+        return self._object(members, members, default, "")
 
     def row(self, raw: msgspec.Raw) -> object:
         """One of a table."""
+        return self._row(self._members(raw))
+
+    def _row(self, members: Members) -> object:
         if not self._tables:
             raise Unmaskable("the server answers with a table, whose cells may show what is masked")
-        members = self._members(raw)
         inner = members.get("object")
         if not _is_object(inner):
             if self._hides:
@@ -146,7 +150,7 @@ class View:
                     "rows of the table do not say which object they show; ask without `includeObject=None`"
                 )
             self.objects += 1
-            return raw
+            return members
         shown = self._object(self._members(inner), inner, ("", ""), "")
         if shown is GONE:
             return GONE
@@ -157,8 +161,8 @@ class View:
         rows = members.get("rows")
         if not _starts(rows, _BRACKET):
             return members
-        before = _LIST.decode(_raw(rows))
-        after = [shown for row in before if (shown := self.row(row)) is not GONE]
+        before = _objects(rows)
+        after = [shown for row in before if (shown := self._row(row)) is not GONE]
         members["rows"] = after
         columns = members.get("columnDefinitions")
         if before and not after and self._facts.verb == "watch" and (not _starts(columns, _BRACKET)):
@@ -273,7 +277,16 @@ class View:
         self._walk(members, node)
         return members
 
-    def _elements(self, value: object, node: Node) -> list[object]:
+    def _elements(self, value: object, node: Node) -> object:
+        if not node.leaves:
+            try:
+                objects = _objects(value)
+            except msgspec.ValidationError:
+                pass
+            else:
+                for each in objects:
+                    self._walk(each, node)
+                return objects
         return [shown for each in _LIST.decode(_raw(value)) if (shown := self._below(each, node)) is not GONE]
 
     def _value(self, value: object, leaves: tuple[Leaf, ...]) -> object:
@@ -363,6 +376,11 @@ def _is_list(kind: str, members: Members) -> bool:
 def _raw(value: object) -> bytes:
     """Undecoded JSON is `bytes`, or `Raw`, which msgspec's stubs take for a kind of them."""
     return cast(bytes, value)
+
+
+def _objects(raw: object) -> list[Members]:
+    """The objects of an array of nothing else."""
+    return cast("list[Members]", _OBJECTS.decode(_raw(raw)))
 
 
 def _starts(value: object, first: int) -> bool:
