@@ -10,11 +10,11 @@ from collections.abc import Iterable
 
 from proxy.masking import masker
 from proxy.model import UNATTRIBUTED, ColumnMask, Decision, Endpoint, FieldMask, Reason, Ruling, Target
+from proxy.model.fields import FieldPath
 from proxy.policy import vocabulary
 from proxy.policy.conditions import Condition
 from proxy.policy.decide import Hop, Judge
 from proxy.policy.document import MASK_METHODS, Mask, ObjectMask, Requests, ResolvedPolicy, Rule
-from proxy.policy.fields import parse_field
 from proxy.policy.names import FunctionPattern, RelationPattern
 from proxy.policy.requests import RequestHop, RequestMask, RequestRule
 from proxy.policy.resources import Glob, ResourcePattern, expand
@@ -199,8 +199,7 @@ def _compile_requests(rule: Rule, requests: Requests, protected: frozenset[int])
         ports=frozenset(requests.ports),
         where=tuple(
             Condition(
-                each.path,
-                parse_field(each.path),
+                FieldPath.parse(each.path),
                 tuple(map(Glob.parse, each.within)),
                 tuple(map(Glob.parse, each.outside)),
                 each.absent,
@@ -219,8 +218,17 @@ def _compile_mask(mask: ObjectMask, rule: str) -> RequestMask:
         written=mask,
         namespaces=tuple(map(Glob.parse, mask.namespaces)),
         names=tuple(map(Glob.parse, mask.names)),
-        path=parse_field(mask.field) if mask.field else (),
+        paths=tuple(map(FieldPath.parse, _fields_of(mask))),
     )
+
+
+def _fields_of(mask: ObjectMask) -> tuple[str, ...]:
+    """The field, and where the same value is written: Secrets take `data` as `stringData`, too."""
+    if not mask.field:
+        return ()
+    if mask.resource in ("secrets", "*") and FieldPath.parse(mask.field).steps[0] == "data":
+        return mask.field, f"stringData{mask.field.removeprefix('data')}"
+    return (mask.field,)
 
 
 def _is_for(rule: Rule, principal: str, target: str) -> bool:

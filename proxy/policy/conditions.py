@@ -12,7 +12,8 @@ import enum
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from proxy.policy.fields import FieldPath, Unseen, patched, places
+from proxy.model.fields import FieldPath
+from proxy.policy.bodies import Unseen, patched, places
 from proxy.policy.resources import Glob
 
 
@@ -26,10 +27,8 @@ class Could(enum.Enum):
 
 @dataclass(frozen=True, slots=True)
 class Condition:
-    """Values at `path` are in `within`, if there is any of those, and not in `outside`; `absent`: there may be none.
-    `text` is the path as written."""
+    """Values at `path` are in `within`, if there is any of those, and not in `outside`; `absent`: there may be none."""
 
-    text: str
     path: FieldPath
     within: tuple[Glob, ...]
     outside: tuple[Glob, ...]
@@ -51,14 +50,14 @@ class Condition:
             return Could.YES
         if not patch:
             return Could.YES if self.absent and not found else Could.NO
-        return Could.NO if found and all(isinstance(step, str) for step in self.path) else Could.LEFT
+        return Could.NO if found and all(isinstance(step, str) for step in self.path.steps) else Could.LEFT
 
     def _places(self, body: object, patch: str) -> Iterator[object]:
         match patch:
             case "json":
                 return patched(body, self.path)
             case "" | "merge" | "strategic" | "apply":
-                return places(body, self.path, partial=bool(patch))
+                return places(body, self.path.steps, partial=bool(patch))
             case _:
                 return iter((Unseen.UNTOLD,))
 

@@ -33,17 +33,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from proxy.model import Decision, Operation, OperationKind, RequestFacts
+from proxy.model.fields import BadFieldPath, FieldPath
 from proxy.policy import housekeeping
+from proxy.policy.bodies import Unseen, overlap, patched, places, pointer_of, scalars
 from proxy.policy.conditions import Condition, all_could, all_surely
 from proxy.policy.document import ObjectMask
-from proxy.policy.fields import FieldPath, Unseen, overlap, parse_field, patched, places, pointer_of, points_at, scalars
-from proxy.policy.names import BadName
 from proxy.policy.resources import CLUSTER_SCOPED, CONNECTING, IMPERSONATE, Glob, ResourcePattern
 from proxy.policy.verdicts import HINT_DENY, Verdict, joined, missing
 
 _BODIED = frozenset({"create", "update", "patch"})
 _SELECTING = frozenset({"list", "watch", "deletecollection"})
-_HIDE = "hide"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +102,7 @@ class RequestRule:
 
     def unmet(self, facts: RequestFacts) -> str:
         """The path of the first condition that does not surely hold."""
-        return next((each.text for each in self.where if not each.surely(facts.body, facts.patch)), "")
+        return next((each.path.text for each in self.where if not each.surely(facts.body, facts.patch)), "")
 
     def waits(self, facts: RequestFacts, *, inside: bool) -> bool:
         """Whether a `hold` that touches the request is to be asked now, and not at the other end of a port-forward."""
@@ -120,13 +119,13 @@ class RequestRule:
 
 @dataclass(frozen=True, slots=True)
 class RequestMask:
-    """A mask with the name of its rule; `path` is empty for `hide`."""
+    """A mask with the name of its rule; `paths` are empty for `hide`."""
 
     rule: str
     written: ObjectMask
     namespaces: tuple[Glob, ...]
     names: tuple[Glob, ...]
-    path: FieldPath
+    paths: tuple[FieldPath, ...]
 
     def concerns(self, facts: RequestFacts) -> bool:
         """Whether objects that it masks could be in the request or its answer."""
@@ -223,16 +222,17 @@ class RequestHop:
         for mask in self.masks:
             if not mask.concerns(facts):
                 continue
-            if mask.written.method == _HIDE:
+            if not mask.paths:
                 if _name(facts):
                     text = f"agent `{self.agent}` may not {_deed(facts)}: it is hidden (rule `{mask.rule}`)"
                     return Verdict(Decision.DENY, mask.rule, text, "objects like this are left out of what you see")
                 if facts.opaque:
                     return self._leaks(mask, facts, facts.opaque[0], "")
                 continue
-            why, hint = _tells(mask, facts)
-            if why:
-                return self._leaks(mask, facts, why, hint)
+            for path in mask.paths:
+                why, hint = _tells(path, mask.written.method, facts)
+                if why:
+                    return self._leaks(mask, facts, why, hint)
         return None
 
     def _leaks(self, mask: RequestMask, facts: RequestFacts, why: str, hint: str) -> Verdict:
@@ -307,30 +307,32 @@ def _deed(facts: RequestFacts) -> str:
 
 
 _ALWAYS_TOLD = (("metadata", "name"), ("metadata", "namespace"))
-_LABELS: FieldPath = ("metadata", "labels")
+_LABELS = FieldPath.parse("metadata.labels")
+_LAST_APPLIED = FieldPath.parse('metadata.annotations["kubectl.kubernetes.io/last-applied-configuration"]')
+"""A copy of the object, which is shown masked as the object is."""
 _SELECTOR_TERM = re.compile(r"(?:[^\\,]|\\.)+", re.DOTALL)
 _SELECTOR_FIELD = re.compile(r"([^=!\\]+)(?:==|!=|=)")
 _HASHED = re.compile(rb"[0-9a-f]{16}")
 
 
-def _tells(mask: RequestMask, facts: RequestFacts) -> tuple[str, str]:
+def _tells(path: FieldPath, method: str, facts: RequestFacts) -> tuple[str, str]:
     """Why the request would tell, or overwrite, what is masked, and what to do instead; empty when it would not."""
     if facts.opaque:
         return facts.opaque[0], "nobody can mask what is not seen"
     if facts.field_selector:
         for field in _selected(facts.field_selector):
-            if field is None or (field not in _ALWAYS_TOLD and overlap(field, mask.path)):
+            if field is None or (field.steps not in _ALWAYS_TOLD and overlap(field, path)):
                 return f"the field selector `{facts.field_selector}`", "select by labels, or by metadata.name"
-    if facts.label_selector and overlap(_LABELS, mask.path):
+    if facts.label_selector and overlap(_LABELS, path):
         return f"the label selector `{facts.label_selector}`", "select by metadata.name"
     if facts.verb not in _BODIED or facts.body is None:
         return "", ""
     if facts.patch == "json":
         for operation in facts.body if isinstance(facts.body, list) else ():
-            if _reads(operation, mask.path):
-                return f"a JSON patch with `{operation.get('op')}` of the field", "use add, replace or remove"
-    written = [place for place in _written(facts, mask.path) if place is not Unseen.ABSENT]
-    if any(_is_mark(mask.written.method, value) for place in written for value in scalars(place)):
+            if _reads(operation, path) or _reads(operation, _LAST_APPLIED):
+                return f"a JSON patch with `{operation.get('op')}`", "use add, replace or remove"
+    written = [place for place in _written(facts, path) if place is not Unseen.ABSENT]
+    if any(_is_mark(method, value) for place in written for value in scalars(place)):
         return "writing the mask in place of the value", "leave the field out, or write the value that it is to have"
     if written and facts.dry_run and facts.verb != "create":
         return "trying a value in a dry run", "write it, or leave the field out"
@@ -347,8 +349,8 @@ def _selected(selector: str) -> Iterator[FieldPath | None]:
     for term in _SELECTOR_TERM.findall(selector):
         match = _SELECTOR_FIELD.match(term)
         try:
-            yield parse_field(match[1].strip()) if match else None
-        except BadName:
+            yield FieldPath.parse(match[1].strip()) if match else None
+        except BadFieldPath:
             yield None
 
 
@@ -364,13 +366,13 @@ def _reads(operation: object, path: FieldPath) -> bool:
         case _:
             return False
     pointers = [pointer_of(operation, key) for key in keys]
-    return any(pointer is None or points_at(pointer, path) for pointer in pointers)
+    return any(pointer is None or path.touches(pointer) for pointer in pointers)
 
 
 def _written(facts: RequestFacts, path: FieldPath) -> Iterator[object]:
     if facts.patch == "json":
         return patched(facts.body, path)
-    return places(facts.body, path, partial=True)
+    return places(facts.body, path.steps, partial=True)
 
 
 def _is_mark(method: str, value: object) -> bool:

@@ -5,20 +5,23 @@ What could never be meant, or never come true, is a mistake: a `deny` that fits 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 
+from proxy.model.fields import BadFieldPath, FieldPath
+from proxy.policy.bodies import overlap
 from proxy.policy.document import ConditionEntry, MaskEntry, ObjectMask, Requests, RuleEntry, Where, words
-from proxy.policy.fields import overlap, parse_field
 from proxy.policy.names import BadName
 from proxy.policy.resources import CONNECTING, METHODS, VERBS, Glob, ResourcePattern, expand
 
 KEYS = ("verbs", "resources", "paths", "namespaces", "names", "commands", "ports", "where")
 """Keys of a rule that speak of requests."""
 
+_NAME_GLOB = re.compile(r"[A-Za-z0-9.:_*-]+")
 _ONLY_OF_RESOURCES = ("namespaces", "names", "commands", "ports", "where")
 _BODIED = frozenset({"create", "update", "patch"})
 _IDENTITY = tuple(
-    map(parse_field, ("kind", "apiVersion", "metadata.name", "metadata.namespace", "metadata.resourceVersion"))
+    map(FieldPath.parse, ("kind", "apiVersion", "metadata.name", "metadata.namespace", "metadata.resourceVersion"))
 )
 
 Complain = Callable[[str, str], None]
@@ -103,8 +106,8 @@ class RequestTerms:
 
         within, outside = words(entry.within), words(entry.not_in)
         try:
-            parse_field(entry.path)
-        except BadName as error:
+            FieldPath.parse(entry.path)
+        except BadFieldPath as error:
             complain("path", str(error))
         for key, globs in (("in", within), ("not_in", outside)):
             if any(not each for each in globs):
@@ -139,15 +142,16 @@ def _mask_problem(mask: ObjectMask) -> tuple[str, str] | None:
     if ("*" in mask.resource and mask.resource != "*") or "/" in mask.resource:
         return "resource", f"`{mask.resource}`: a mask names one resource exactly, without a subresource, or is for `*`"
     for key in ("namespaces", "names"):
-        if not all(getattr(mask, key)):
-            return key, "an empty glob fits nothing"
+        for glob in getattr(mask, key):
+            if not _NAME_GLOB.fullmatch(glob):
+                return key, f"`{glob}` is no glob on names: letters, digits, `.`, `-`, `_`, `:`, and `*`"
     if mask.method == "hide":
         return ("field", "`hide` leaves out objects: it has no `field`") if mask.field else None
     if not mask.field:
         return "resource", f"a mask on `{mask.resource}` needs a `field`, or the method `hide`"
     try:
-        path = parse_field(mask.field)
-    except BadName as error:
+        path = FieldPath.parse(mask.field)
+    except BadFieldPath as error:
         return "field", str(error)
     if any(overlap(path, each) for each in _IDENTITY):
         return "field", f"`{mask.field}`: clients need kind, version and name to read an object; use `hide`"

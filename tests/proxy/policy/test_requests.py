@@ -609,7 +609,8 @@ def mask(resource: str, field: str, method: str = "redact", **more: object) -> d
 
 
 EVERYTHING = rule("all", "allow", "*", ["*", "*/*", "*/proxy"], agents="*")
-SECRETS = masked("m", mask("secrets", "data.*"), mask("secrets", "stringData.*"))
+SECRETS = masked("m", mask("secrets", "data.*"))
+APPLIED = "/metadata/annotations/kubectl.kubernetes.io~1last-applied-configuration"
 
 
 def test_masks_are_united_over_the_hops_and_the_strictest_counts(judge: Bench) -> None:
@@ -676,6 +677,13 @@ def test_reading_and_writing_what_is_masked_goes_on(judge: Bench) -> None:
             "`move`",
         ),
         ("patch secrets/a in shop", "json", [{"op": "copy", "from": "/data/a"}], "`copy`"),
+        (
+            "patch secrets/a in shop",
+            "json",
+            [{"op": "copy", "from": APPLIED, "path": "/metadata/annotations/a"}],
+            "`copy`",
+        ),
+        ("patch secrets/a in shop (dry run)", "merge", {"stringData": {"a": "new"}}, "trying a value in a dry run"),
         ("update secrets/a in shop", "", {"data": {"a": "Kioq"}}, "writing the mask in place of the value"),
         ("update secrets/a in shop", "", {"stringData": {"a": "***"}}, "writing the mask"),
         ("create secrets/a in shop", "", {"data": {"a": "KioqMTIzNA=="}}, "writing the mask"),
