@@ -216,7 +216,7 @@ def _word(value: object) -> str:
 
 
 def _difference(before: list[str], after: list[str]) -> list[str]:
-    """A unified diff without file names, computed where the sides differ only."""
+    """A unified diff without names and places, computed where the sides differ only."""
     first = 0
     while first < len(before) and first < len(after) and before[first] == after[first]:
         first += 1
@@ -230,7 +230,9 @@ def _difference(before: list[str], after: list[str]) -> list[str]:
     before, after = before[start : len(before) - end], after[start : len(after) - end]
     if before and after and max(len(before), len(after)) > _MAX_LINES:
         return [f"({len(before)} lines become {len(after)}: too many to be compared)"]
-    return list(islice(difflib.unified_diff(before, after, lineterm="", n=2), 2, _MAX_LINES + 2))
+    # the first three lines name files and places, which there are none of
+    hunks = islice(difflib.unified_diff(before, after, lineterm="", n=2), 3, _MAX_LINES + 3)
+    return ["…" if line.startswith("@@") else line for line in hunks]
 
 
 def _cut(text: str, length: int) -> str:
