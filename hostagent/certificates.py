@@ -104,6 +104,21 @@ class HostAuthority:
         return Leaf(pem, int(certificate.not_valid_after_utc.timestamp()))
 
 
+def serving_leaf(pem: bytes) -> Leaf:
+    """A serving certificate that somebody else has issued to the gateway: the key and then the chain, in PEM. Raises
+    `CertificateError`."""
+    try:
+        certificate = x509.load_pem_x509_certificates(pem)[0]
+        key = serialization.load_pem_private_key(pem, password=None)
+    except (ValueError, TypeError):
+        raise CertificateError("the serving certificate cannot be parsed: wants its PEM key and chain") from None
+    if key.public_key() != certificate.public_key():
+        raise CertificateError("the serving certificate's key is not its own")
+    if certificate.not_valid_after_utc <= utc_now():
+        raise CertificateError(f"the serving certificate expired on `{certificate.not_valid_after_utc:%Y-%m-%d}`")
+    return Leaf(pem, int(certificate.not_valid_after_utc.timestamp()))
+
+
 def open_authority(state_dir: Path, clock: Callable[[], datetime.datetime] = utc_now) -> HostAuthority:
     """Opens the host's authority, and makes it when there is none. Raises `CertificateError`."""
     directory = state_dir / "ca"

@@ -282,9 +282,10 @@ def _credentials(settings: Settings, document: Document | PolicyError) -> Iterat
         yield Finding("credentials", State.SKIPPED, "the policy, which names them, cannot be loaded")
         return
     files = CredentialFiles(settings.credentials_dir)
-    for name in sorted({target.credential for target in document.targets}):
+    named = {name for target in document.targets for name in (target.credential, target.serving) if name}
+    for name in sorted(named):
         try:
-            files.credential(name)
+            files.read(name)
         except CredentialUnavailable as error:
             fix = f"write it into `{files.directory}`, for root only (docs/install.md), and restart"
             yield Finding(f"credential {name}", State.WRONG, str(error), fix)

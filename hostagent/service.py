@@ -13,12 +13,13 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from typing import Any, assert_never
 
+import msgspec
 import structlog
 
 from hostagent.attribution import Attribution, Refused
 from hostagent.attribution.secrecy import recordable
 from hostagent.cancels import CancelTable, CancelTableFull, Holder
-from hostagent.certificates import HostAuthority
+from hostagent.certificates import HostAuthority, serving_leaf
 from hostagent.control.approvals import Approvals
 from hostagent.control.sessions import Sessions
 from hostagent.credentials import Source
@@ -108,7 +109,7 @@ class Service:
             case ports.Attribute():
                 self._attribute(worker, message)
             case ports.FetchSecret():
-                self._secret(worker, message)
+                self._spawn(self._secret(worker, message, self._attributed(worker, message.session)))
             case ports.FetchCertificate():
                 self._certificate(worker, message)
             case ports.Hold():
@@ -215,10 +216,9 @@ class Service:
 
     # --- what it gets -------------------------------------------------------------------------------------------------
 
-    def _secret(self, worker: WorkerProcess, request: ports.FetchSecret) -> None:
-        target = self._attributed(worker, request.session)
+    async def _secret(self, worker: WorkerProcess, request: ports.FetchSecret, target: Target) -> None:
         try:
-            credential = self._source.credential(target.credential)
+            credential = await self._source.credential(target.credential)
         except OperatorError as error:
             log.error("no credential", session=request.session, target=target.name, why=str(error))
             message = f"the gateway has no credential for target `{target.name}`"
@@ -228,7 +228,15 @@ class Service:
                 )
             )
             return
-        worker.channel.send(ports.Secret(id=request.id, user=credential.user, password=credential.password))
+        secret = ports.Secret(id=request.id, user=credential.user, password=credential.password)
+        if not credential.certificate:
+            worker.channel.send(secret)
+            return
+        descriptor = memory_file("client certificate", credential.certificate)
+        try:
+            worker.channel.send(msgspec.structs.replace(secret, certificate=True), [descriptor])
+        finally:
+            os.close(descriptor)
 
     def _certificate(self, worker: WorkerProcess, request: ports.FetchCertificate) -> None:
         if request.session:
@@ -246,8 +254,16 @@ class Service:
             name, addresses = target.server_name, [dialled.address, *(each.address for each in target.endpoints)]
         else:
             name, addresses = dialled.address, [dialled.address]
+        self._spawn(self._show_certificate(worker, request, target.serving if target else "", name, addresses))
+
+    async def _show_certificate(
+        self, worker: WorkerProcess, request: ports.FetchCertificate, serving: str, name: str, addresses: list[str]
+    ) -> None:
         try:
-            leaf = self._authority.leaf(name, addresses)
+            if serving:
+                leaf = serving_leaf((await self._source.credential(serving)).certificate)
+            else:
+                leaf = self._authority.leaf(name, addresses)
         except OperatorError as error:
             log.error("no certificate", session=request.session, why=str(error))
             worker.channel.send(ports.Refused(id=request.id, message=str(error)))

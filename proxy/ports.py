@@ -162,10 +162,14 @@ class Attributed(Reply, frozen=True, kw_only=True):
 
 
 class Secret(Reply, frozen=True, kw_only=True):
-    """What the gateway logs in with. Its `repr` shows no password."""
+    """What the gateway logs in with; `password` may be a bearer token. Its `repr` shows no password.
+
+    With `certificate` a descriptor (memfd) comes along that holds the key and the chain of a TLS client certificate
+    (PEM)."""
 
     user: str
     password: str
+    certificate: bool = False
 
     def __repr__(self) -> str:
         return f"Secret(user={self.user!r}, password=<redacted>)"
@@ -277,8 +281,8 @@ class Attributor(Protocol):
 
 
 class Broker(Protocol):
-    async def secret(self, session: str) -> Secret:
-        """Raises `Unavailable`."""
+    async def secret(self, session: str) -> tuple[Secret, int]:
+        """The answer, and a descriptor with key and chain which the caller owns, or -1. Raises `Unavailable`."""
 
     async def certificate(self, session: str, dialled: Endpoint) -> tuple[Certificate, int]:
         """The answer and a descriptor with key and chain, which the caller owns. Raises `Unavailable`."""

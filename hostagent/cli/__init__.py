@@ -10,7 +10,7 @@ import sys
 
 import typer
 
-from hostagent.cli import approvals, audit, cleanup, doctor, policy, reload, replay, run, sessions, status
+from hostagent.cli import approvals, audit, cleanup, doctor, kubeconfig, policy, reload, replay, run, sessions, status
 from hostagent.cli import exec as declared
 from hostagent.errors import OperatorError
 
@@ -28,6 +28,7 @@ app.command("cleanup")(cleanup.cleanup)
 app.command("reload")(reload.reload)
 app.command("status")(status.status)
 app.command("doctor")(doctor.doctor)
+app.command("kubeconfig")(kubeconfig.kubeconfig)
 app.command("sessions")(sessions.sessions)
 app.command("replay")(replay.replay)
 app.command("approvals")(approvals.approvals)

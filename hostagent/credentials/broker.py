@@ -14,14 +14,19 @@ class CredentialUnavailable(OperatorError):
 
 @dataclass(frozen=True, slots=True)
 class Credential:
-    """How the gateway logs in to a target. Its `repr` shows no password."""
+    """How the gateway logs in to a target, or shows with each operation who asks. Its `repr` shows no secret.
 
-    user: str
-    password: str = field(repr=False)
+    `password` is a password or a bearer token (then `user` is empty). `certificate` is PEM, the key and then the chain,
+    for a TLS client certificate; empty where there is none.
+    """
+
+    user: str = ""
+    password: str = field(repr=False, default="")
+    certificate: bytes = field(repr=False, default=b"")
 
 
 class Source(Protocol):
     """Where credentials come from."""
 
-    def credential(self, name: str) -> Credential:
+    async def credential(self, name: str) -> Credential:
         """The credential as it is now. Raises `CredentialUnavailable`."""

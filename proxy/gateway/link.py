@@ -49,8 +49,11 @@ class HostLink(ports.Attributor, ports.Broker, ports.Approver, ports.Cancels):
             raise ports.Unavailable("the gateway on this host has no room for more connections", "connect again later")
         return _with_descriptor(received, ports.Attributed)
 
-    async def secret(self, session: str) -> ports.Secret:
-        return _answer(await self._ask(ports.FetchSecret(id=next(self._ids), session=session)), ports.Secret)
+    async def secret(self, session: str) -> tuple[ports.Secret, int]:
+        received = await self._ask(ports.FetchSecret(id=next(self._ids), session=session))
+        if isinstance(received[0], ports.Secret) and received[0].certificate:
+            return _with_descriptor(received, ports.Secret)
+        return _answer(received, ports.Secret), -1
 
     async def certificate(self, session: str, dialled: Endpoint) -> tuple[ports.Certificate, int]:
         return _with_descriptor(

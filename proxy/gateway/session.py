@@ -15,6 +15,7 @@ mark) until it goes away.
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import socket
 import ssl
@@ -51,6 +52,8 @@ CREDENTIAL_FRESH_S = 30.0
 """How long a credential that is sent with every operation is used before it is asked for anew."""
 PREVIEW_TIMEOUT_S = 10.0
 """How long a target may take to tell what would come of an operation that a human is about to be asked about."""
+MAX_CERTIFICATE = 256 * 1024
+"""Bytes of the gateway's TLS client certificate, key and chain."""
 FLUSH_DELAY_S = 0.01
 """How long the record of what an operation came to may wait for company."""
 # looked up once: members of an enum cost as much as a function call
@@ -132,6 +135,7 @@ class Session:
         self._unended: asyncio.TimerHandle | None = None
         self._preview: asyncio.Future[str] | None = None
         self._secret = ports.Secret(id=0, user="", password="")
+        self._certificate = b""
         self._secret_until = 0.0
         self._audit_lost = ""
         self._backlog = 0
@@ -566,7 +570,12 @@ class Session:
 
     async def _fetch_secret(self) -> ports.Secret:
         """Raises `ports.Unavailable`."""
-        self._secret = await self.worker.link.secret(self.id)
+        self._secret, descriptor = await self.worker.link.secret(self.id)
+        if descriptor >= 0:
+            try:
+                self._certificate = os.pread(descriptor, MAX_CERTIFICATE, 0)
+            finally:
+                os.close(descriptor)
         self._secret_until = asyncio.get_running_loop().time() + CREDENTIAL_FRESH_S
         return self._secret
 
@@ -616,7 +625,7 @@ class Session:
         assert self.server.transport is not None
         try:
             self.server.transport, binding = await upstream.secure(
-                self.target, self._dialled, self.server.transport, self.server, alpn
+                self.target, self._dialled, self.server.transport, self.server, alpn, self._certificate
             )
         except upstream.UpstreamError as error:
             self._fail_upstream(error)

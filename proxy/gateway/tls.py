@@ -29,14 +29,17 @@ def server_context(descriptor: int, alpn: tuple[str, ...] = ()) -> ssl.SSLContex
     return context
 
 
-def client_context(target: Target, alpn: tuple[str, ...] = ()) -> ssl.SSLContext:
-    """A context that checks the target's certificate as far as its `sslmode` asks, and offers these protocols.
+def client_context(target: Target, alpn: tuple[str, ...] = (), certificate: bytes = b"") -> ssl.SSLContext:
+    """A context that checks the target's certificate as far as its `sslmode` asks, offers these protocols, and shows
+    this certificate (PEM, key and chain).
 
-    Raises `ssl.SSLError` when `ca_pem` holds no certificate."""
+    Raises `ssl.SSLError` when `ca_pem` or `certificate` hold none."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     if alpn:
         context.set_alpn_protocols(list(alpn))
+    if certificate:
+        _load(context, certificate)
     match target.tls_mode:
         case TlsMode.VERIFY_FULL:
             context.check_hostname = True
@@ -53,6 +56,16 @@ def client_context(target: Target, alpn: tuple[str, ...] = ()) -> ssl.SSLContext
     else:
         context.load_default_certs(ssl.Purpose.SERVER_AUTH)
     return context
+
+
+def _load(context: ssl.SSLContext, certificate: bytes) -> None:
+    """OpenSSL reads keys from files only."""
+    descriptor = os.memfd_create("certificate", os.MFD_CLOEXEC)
+    try:
+        os.write(descriptor, certificate)
+        context.load_cert_chain(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
 
 
 def end_point_binding(certificate_der: bytes) -> bytes:

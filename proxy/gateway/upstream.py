@@ -47,12 +47,17 @@ async def secure(
     transport: asyncio.Transport,
     protocol: asyncio.Protocol,
     alpn: tuple[str, ...] = (),
+    certificate: bytes = b"",
 ) -> tuple[asyncio.Transport, bytes]:
-    """Does the TLS handshake as a client; returns the new transport and the channel binding. Raises `UpstreamError`."""
+    """Does the TLS handshake as a client, with `certificate` (PEM, key and chain) where there is one; returns the new
+    transport and the channel binding. Raises `UpstreamError`."""
     try:
         async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
             secured = await asyncio.get_running_loop().start_tls(
-                transport, protocol, _context(target, alpn), server_hostname=target.server_name or endpoint.address
+                transport,
+                protocol,
+                _context(target, alpn, certificate),
+                server_hostname=target.server_name or endpoint.address,
             )
     except (OSError, ssl.SSLError, ValueError) as error:
         transport.abort()

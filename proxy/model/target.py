@@ -47,7 +47,8 @@ class Prefix(msgspec.Struct, frozen=True, order=True):
 class Target(msgspec.Struct, frozen=True):
     """A target as the data path needs it. `server_name` is the name that `verify-full` checks and that the gateway's
     own certificate for this target carries; `ca_pem` holds the trusted roots, empty for the system's store.
-    `credential` names an entry of the host agent's credential source. `databases` empty means any.
+    `credential` names an entry of the host agent's credential source, and so does `serving`: the certificate that
+    clients are shown, empty for one of the host's own CA. `databases` empty means any.
     """
 
     name: str
@@ -59,6 +60,7 @@ class Target(msgspec.Struct, frozen=True):
     credential: str
     databases: tuple[str, ...] = ()
     prefixes: tuple[Prefix, ...] = ()
+    serving: str = ""
 
     def is_still(self, other: Target) -> bool:
         """Whether a session at this target may go on when the policy says `other` of it: all is the same but for the

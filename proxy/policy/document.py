@@ -30,6 +30,7 @@ MASK_METHODS = ("redact", "hash", "partial")
 ProtocolName = Literal["postgresql", "kubernetes"]
 DecisionName = Literal["allow", "deny", "hold"]
 MaskMethod = Literal["redact", "hash", "partial"]
+Intercept = Literal["targets", "all"]
 ObjectMaskMethod = Literal["redact", "hash", "partial", "hide"]
 Words = str | tuple[str, ...]
 Duration = Annotated[str, msgspec.Meta(pattern="^[0-9]+(ms|s|m|h)$", description="for example 60s or 5m")]
@@ -63,6 +64,9 @@ class AgentEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         Words,
         msgspec.Meta(description="agents and uid:N that may declare it with `hopgate exec`; then exe is optional"),
     ] = ()
+    intercept: Annotated[
+        Intercept, msgspec.Meta(description="`all`: databases where no target is are denied to whatever it starts")
+    ] = "targets"
 
 
 class TlsEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -79,6 +83,9 @@ class TargetEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     addresses: Annotated[Words, msgspec.Meta(description="host, network/prefix, either with :port; v6 in brackets")]
     credential: Annotated[str, msgspec.Meta(description="entry of the host's credential source")]
     server_name: Annotated[str, msgspec.Meta(description="what verify-full checks; default: name in addresses")] = ""
+    serving: Annotated[
+        str, msgspec.Meta(description="credential with the certificate to show to clients; default: the host CA's own")
+    ] = ""
     tls: TlsEntry = TlsEntry()
     databases: Annotated[Words, msgspec.Meta(description="databases that may be opened; default: any")] = ()
 
@@ -145,7 +152,7 @@ class PolicyFile(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 class Agent(msgspec.Struct, frozen=True):
     """A named identity and the process images that have it. Empty or None: any, but without `exe` it can only be
-    declared, by those in `declared_by`: agents, and `uid:N`."""
+    declared, by those in `declared_by`: agents, and `uid:N`. `intercept` counts for every chain that it is in."""
 
     name: str
     exe: str = ""
@@ -154,6 +161,7 @@ class Agent(msgspec.Struct, frozen=True):
     uid: int | None = None
     cgroup: str = ""
     declared_by: tuple[str, ...] = ()
+    intercept: Intercept = "targets"
 
 
 class Mask(msgspec.Struct, frozen=True):
@@ -247,6 +255,7 @@ class NamedTarget(msgspec.Struct, frozen=True):
     ca_pem: str
     credential: str
     databases: tuple[str, ...]
+    serving: str = ""
 
 
 class Document(msgspec.Struct, frozen=True):
@@ -341,6 +350,7 @@ def resolve(document: Document, resolver: Resolver, former: Resolver = lambda _n
                 credential=named.credential,
                 databases=named.databases,
                 prefixes=tuple(sorted(prefixes)),
+                serving=named.serving,
             )
         )
     if problems:

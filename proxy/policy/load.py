@@ -131,7 +131,9 @@ class _Merge:
             glob: str = getattr(entry, key)
             if glob.count("[") != glob.count("]") or "[]" in glob:
                 self._complain(at(key), f"bad glob `{glob}`: a `[` without its `]`; write `[[]` for a bracket")
-        return Agent(name, entry.exe, entry.sha256.lower(), entry.argv, entry.uid, entry.cgroup, declarers)
+        return Agent(
+            name, entry.exe, entry.sha256.lower(), entry.argv, entry.uid, entry.cgroup, declarers, entry.intercept
+        )
 
     def _target(self, name: str, source: Source[PolicyFile], entry: TargetEntry) -> NamedTarget:
         def at(*key: str | int) -> str:
@@ -164,6 +166,7 @@ class _Merge:
             ca_pem=self._certificates(source, entry, at("tls", "ca")),
             credential=entry.credential,
             databases=words(entry.databases),
+            serving=entry.serving,
         )
 
     def _certificates(self, source: Source[PolicyFile], entry: TargetEntry, place: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import os
 import re
@@ -14,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 
+from hostagent.certificates import open_authority
 from hostagent.control.approvals import Approvals
 from hostagent.control.messages import Visit
 from hostagent.control.server import ControlServer
@@ -309,3 +312,23 @@ def test_another_user_is_told_and_learns_nothing(host: Host) -> None:
         assert done.returncode == 1
         assert done.stdout == ""
         assert "ermission denied" in done.stderr or "only root may" in done.stderr
+
+
+def test_a_kubeconfig_holds_the_host_ca_and_no_credential(host: Host) -> None:
+    settings = load(host.config)
+    settings.policy_dir.mkdir(exist_ok=True)
+    cluster = "targets:\n  cluster: {protocol: kubernetes, addresses: '[2001:db8::1]:6443', credential: cluster}\n"
+    (settings.policy_dir / "cluster.yaml").write_text(cluster)
+    assert "known are `cluster`" in host.fails("kubeconfig", "other")
+    assert "made when hopgate first starts" in host.fails("kubeconfig", "cluster")
+    open_authority(settings.state_dir)
+    written = yaml.safe_load(host.hopgate("kubeconfig", "cluster", "-n", "shop").stdout)
+    entry = written["clusters"][0]["cluster"]
+    assert entry["server"] == "https://[2001:db8::1]:6443"
+    assert base64.b64decode(entry["certificate-authority-data"]) == (settings.state_dir / "ca/ca.pem").read_bytes()
+    assert written["users"] == [{"name": "hopgate", "user": {}}]
+    assert written["contexts"][0]["context"] == {"cluster": "cluster", "user": "hopgate", "namespace": "shop"}
+    trusting = yaml.safe_load(
+        host.hopgate("kubeconfig", "cluster", "--system-trust", "--server", "https://api.example").stdout
+    )
+    assert trusting["clusters"][0]["cluster"] == {"server": "https://api.example"}
