@@ -31,7 +31,7 @@ from typing import Any
 
 import msgspec
 
-from hostagent.kernel import abi, bpf, seed
+from hostagent.kernel import abi, bpf, headers, seed
 from hostagent.kernel.pins import remove
 from hostagent.kernel.settings import KernelError, LoadRequest
 
@@ -165,22 +165,25 @@ def import_bcc() -> ModuleType:
     return module
 
 
-def make_kernel_source(root: Path) -> None:
+def kernel_types() -> str:
+    """The running kernel's types, as C. Raises `KernelError`."""
     if not BTF.exists():
         raise KernelError(f"`{BTF}` is missing: the kernel needs CONFIG_DEBUG_INFO_BTF")
+    bpftool = shutil.which("bpftool", path="/usr/sbin:/usr/bin:/sbin:/bin")
+    if bpftool is None:
+        raise KernelError("`bpftool` is missing: install it")
+    done = subprocess.run([bpftool, "btf", "dump", "file", str(BTF), "format", "c"], capture_output=True)
+    if done.returncode:
+        raise KernelError(f"`bpftool btf dump` failed: {done.stderr.decode(errors='replace').strip()}")
+    return done.stdout.decode()
+
+
+def make_kernel_source(root: Path, types: str) -> None:
     for stub in _STUBS:
         path = root / stub
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
-    bpftool = shutil.which("bpftool", path="/usr/sbin:/usr/bin:/sbin:/bin")
-    if bpftool is None:
-        raise KernelError("`bpftool` is missing: install it")
-    with (root / "include/linux/vmlinux.h").open("wb") as out:
-        done = subprocess.run(
-            [bpftool, "btf", "dump", "file", str(BTF), "format", "c"], stdout=out, stderr=subprocess.PIPE, text=False
-        )
-    if done.returncode:
-        raise KernelError(f"`bpftool btf dump` failed: {done.stderr.decode(errors='replace').strip()}")
+    (root / "include/linux/vmlinux.h").write_text(types)
     numbers = [int(part) for part in platform.release().split("-")[0].split(".")[:3] if part.isdigit()]
     major, minor, patch = [*numbers, 0, 0, 0][:3]
     version = (major << 16) + (minor << 8) + min(patch, 255)
@@ -206,18 +209,26 @@ def compile_sources(bcc: ModuleType, request: LoadRequest) -> Any:
         f"-DUNWATCHED_MAX={sizes.unwatched}",
         "-Wno-everything",
     ]
-    root = Path(tempfile.mkdtemp(prefix="kernel-source-", dir=request.run_dir))
+    source, types = abi.sources(), kernel_types()
+    with tempfile.TemporaryDirectory(prefix="kernel-source-", dir=request.run_dir, ignore_cleanup_errors=True) as root:
+        os.environ["BCC_KERNEL_SOURCE"] = root
+        make_kernel_source(Path(root), headers.shortened(types, source))
+        try:
+            return _compiled(bcc, source, flags)
+        except KernelError:
+            # what another kernel or another BCC needs beside, all of it has
+            make_kernel_source(Path(root), types)
+            return _compiled(bcc, source, flags)
+
+
+def _compiled(bcc: ModuleType, source: str, flags: list[str]) -> Any:
     try:
-        make_kernel_source(root)
-        os.environ["BCC_KERNEL_SOURCE"] = str(root)
-        return bcc.BPF(text=abi.sources(), cflags=flags)
-    except (KernelError, OSError):
+        return bcc.BPF(text=source, cflags=flags)
+    except OSError:
         raise
     except Exception as error:
         # BCC has no narrower type for it; the compiler's own words are on standard error
         raise KernelError(f"BCC cannot compile the kernel programs: {error}") from error
-    finally:
-        shutil.rmtree(root, ignore_errors=True)
 
 
 # --- load and attach --------------------------------------------------------------------------------------------------
