@@ -72,9 +72,13 @@ class Gateway:
         (self.policy_dir / name).write_text(text)
 
     def write_credential(self, name: str, user: str, password: str) -> None:
+        self.write_entry(name, {"user": user, "password": password})
+
+    def write_entry(self, name: str, entry: Mapping[str, object]) -> None:
+        """Any credential that the credential source can read."""
         path = self._credentials / name
         path.touch(0o600)
-        path.write_text(yaml.safe_dump({"user": user, "password": password}))
+        path.write_text(yaml.safe_dump(dict(entry)))
 
     def start(self) -> None:
         """Starts the daemon and returns when it says that it is ready. Raises `GatewayError`."""
