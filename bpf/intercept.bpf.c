@@ -25,7 +25,7 @@
 BPF_TABLE_PINNED("hash", struct hopgate_file_key, u32, agent_files, AGENT_FILES_MAX, PINS "/agent_files",
 		 BPF_F_NO_PREALLOC);
 BPF_TABLE_PINNED("sk_storage", int, struct hopgate_watch, watches, 0, PINS "/watches", BPF_F_NO_PREALLOC);
-BPF_TABLE_PINNED("hash", u64, u32, unwatched, UNWATCHED_MAX, PINS "/unwatched", BPF_F_NO_PREALLOC);
+BPF_TABLE_PINNED("hash", u64, u64, unwatched, UNWATCHED_MAX, PINS "/unwatched", BPF_F_NO_PREALLOC);
 
 /* Images above the one that connects that are looked through: below more of them everybody is looked at. */
 #define WATCH_LEVELS 64
@@ -81,7 +81,6 @@ static inline void watch(struct bpf_sock_ops *ops, struct hopgate_connect_key *k
 {
 	struct bpf_sock *sk = ops->sk;
 	u64 cookie = bpf_get_socket_cookie(ops);
-	u32 one = 1;
 
 	if (!may_be_agent(node))
 		return;
@@ -101,7 +100,7 @@ static inline void watch(struct bpf_sock_ops *ops, struct hopgate_connect_key *k
 	/* whoever fills a socket's memory with filters and options leaves no room for the storage */
 	struct hopgate_watch told = {.node = node, .netns = netns, .socket = cookie, .tgid = tgid, .key = *key};
 
-	if (unwatched.update(&cookie, &one))
+	if (unwatched.update(&cookie, &node))
 		count(COUNT_UNCLOSED);
 	count(COUNT_UNWATCHED);
 	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
@@ -365,7 +364,9 @@ static inline int look(struct __sk_buff *skb, bool sent)
 			return 1;
 		u64 cookie = bpf_get_socket_cookie(skb);
 
-		if (!unwatched.lookup(&cookie))
+		u64 *node = unwatched.lookup(&cookie);
+
+		if (!node || (*node && spared.lookup(node)))
 			return 1;
 		return read_segment(skb, &segment) == SEGMENT && !segment.length;
 	}

@@ -62,6 +62,7 @@ class Source(enum.StrEnum):
     APPROVAL = "agents that approve"
     DECLARATION = "launchers"
     SOCKET = "raw sockets"
+    INTERCEPTION = "agents that are intercepted"
 
 
 @dataclass(slots=True)

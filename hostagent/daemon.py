@@ -42,6 +42,7 @@ from hostagent.control.store import Store
 from hostagent.credentials import CredentialFiles, mask_key
 from hostagent.declarations import INITIAL_PID_NAMESPACE, SOCKET, Declarations
 from hostagent.errors import OperatorError
+from hostagent.interception import Interception
 from hostagent.kernel import abi
 from hostagent.names import Names
 from hostagent.notify import notify, watchdog_interval_s
@@ -62,6 +63,11 @@ T = TypeVar("T")
 SWEEP_INTERVAL_S = 5.0
 NAMES_INTERVAL_S = 1.0
 ESCAPED_TOLD_MAX = 8
+COUNTED = {
+    "events_lost": "the kernel had more to tell than there was room for: some denied connections are not recorded",
+    "unclosed": "connections of agents could be neither looked at nor closed: enlarge the map `unwatched`",
+}
+"""Counters of the kernel side that have to stay where they are."""
 RECORD_AGE_S = 30.0
 """How long a connection may wait to be accepted before its record of who it is counts as stale."""
 
@@ -120,8 +126,9 @@ class Daemon:
         self.approvals = Approvals(self._store)
         await self._prepared(self.approvals.recover)
 
+        self._agents = AgentMatcher(self.policy.resolved.agents)
         self.pins = await asyncio.to_thread(kernel.start, self._kernel_settings, self._scope())
-        self._attribution = Attribution(self.pins, AgentMatcher(self.policy.resolved.agents))
+        self._attribution = Attribution(self.pins, self._agents)
         self._guard = await asyncio.to_thread(kernel.Guard, self._kernel_settings, self.pins, self._scope())
         self._adoption = Adoption(
             kernel.Sockets(settings.listen_port, self._kernel_settings.mark),
@@ -132,6 +139,15 @@ class Daemon:
         self._events = kernel.Events.open(settings.pin_dir)
         raw_sockets = RawSockets(
             lineage=self.pins.lineage, guard=self._guard, name_chain=self._name_chain, alerts=self._alerts
+        )
+        sockets = kernel.Sockets(settings.listen_port, self._kernel_settings.mark)
+        interception = Interception(
+            policy=self.policy,
+            attribution=self._attribution,
+            sessions=self._sessions,
+            sockets=sockets,
+            spare=self.pins.spare,
+            alerts=self._alerts,
         )
         authority_dir = settings.state_dir / "ca"
         self.watch = Watch(
@@ -180,7 +196,16 @@ class Daemon:
                 tasks.create_task(self._sweep()),
                 tasks.create_task(self.watch.run()),
                 tasks.create_task(raw_sockets.run()),
-                tasks.create_task(kernel.follow(self._events, {abi.EVENTS["EVENT_SENT_RAW"]: raw_sockets.told})),
+                tasks.create_task(
+                    kernel.follow(
+                        self._events,
+                        {
+                            abi.EVENTS["EVENT_SENT_RAW"]: raw_sockets.told,
+                            abi.EVENTS["EVENT_HIDDEN"]: interception.told,
+                            abi.EVENTS["EVENT_UNWATCHED"]: interception.told,
+                        },
+                    )
+                ),
                 tasks.create_task(self._follow_names()),
                 tasks.create_task(self._tell_when_ready()),
                 tasks.create_task(self._end_sessions(left_open)),
@@ -193,6 +218,7 @@ class Daemon:
             for task in background:
                 task.cancel()
         self._events.close()
+        sockets.close()
         self._guard.close()
         self._adoption.close()
         self._store.close()
@@ -244,7 +270,7 @@ class Daemon:
         self.watch.policy_taken()
         self.policy.reload()
         # whoever rules has the new policy even when the rules of netfilter cannot be brought in line with it
-        self._attribution.agents = AgentMatcher(self.policy.resolved.agents)
+        self._agents = self._attribution.agents = AgentMatcher(self.policy.resolved.agents)
         self._send_policy(list(self.workers.running.values()))
         self._notify_status()
         self._guard.apply(self._scope())
@@ -317,7 +343,7 @@ class Daemon:
     # --- what goes on beside ------------------------------------------------------------------------------------------
 
     def _scope(self) -> kernel.Scope:
-        return _scope_of(self.policy, self._muster)
+        return _scope_of(self.policy, self._agents, self._muster, self._kernel_settings)
 
     async def _prepared(self, make: Callable[[], T]) -> T:
         """What the host agent keeps on disk, opened or brought up to date. Without it nothing could be recorded: the
@@ -329,7 +355,9 @@ class Daemon:
             policy = ActivePolicy(self.settings.policy_dir, bytes(32))
             with contextlib.suppress(PolicyUnusable):
                 policy.reload()
-            pins = await asyncio.to_thread(kernel.start, _kernel_settings(self.settings), _scope_of(policy, None))
+            agents = AgentMatcher(policy.resolved.agents)
+            scope = _scope_of(policy, agents, None, self._kernel_settings)
+            pins = await asyncio.to_thread(kernel.start, self._kernel_settings, scope)
             pins.close()
             raise
 
@@ -341,8 +369,10 @@ class Daemon:
 
     async def _sweep(self) -> None:
         lost = False
+        before = self.pins.counters()
         while True:
             await asyncio.sleep(SWEEP_INTERVAL_S)
+            before = self._tell_counted(before)
             unclaimed = self.pins.sweep(RECORD_AGE_S)
             # what was under way when another daemon was killed is not told from what went past it
             self._tell_escaped([one for one in unclaimed if one.established and one.time_ns > self._since_ns])
@@ -350,15 +380,25 @@ class Daemon:
                 lost = True
                 self._alerts.alert(f"processes or connections lost their label and are denied: {self.pins.counters()}")
 
+    def _tell_counted(self, before: dict[str, int]) -> dict[str, int]:
+        """What the kernel side could only count since then; the counts now."""
+        now = self.pins.counters()
+        for name, what in COUNTED.items():
+            if now[name] > before[name]:
+                # not how many: the same again is the same alert
+                self._alerts.alert(what, by="`hopgate status` has the counts", source=Source.INTERCEPTION)
+        return now
+
     async def _follow_names(self) -> None:
-        """Asks for the policy's names again when their time has come. Workers need not know: they ask for every
-        connection what it is."""
+        """Asks for the policy's names again when their time has come, and looks whether agents have other files.
+        Workers need not know: they ask for every connection what it is."""
         moved = False
         while True:
             await asyncio.sleep(NAMES_INTERVAL_S)
             for name in self._names.due():
                 outcome = await asyncio.to_thread(self._names.ask, name)
                 moved |= self.policy.readdress(name, outcome, self.service.addresses_in_use)
+            moved |= self._scope().agents != self.pins.agents_here
             if not moved:
                 continue
             try:
@@ -366,7 +406,10 @@ class Daemon:
                 self._adoption.adopt(self._scope())
                 moved = False
             except kernel.KernelError as error:
-                self._alerts.alert(f"new addresses of a name are not protected yet: {error}", done="it is tried again")
+                self._alerts.alert(
+                    f"new addresses of names, or files of agents, are not followed yet: {error}",
+                    done="it is tried again",
+                )
 
     def _tell_escaped(self, escaped: list[kernel.Unclaimed]) -> None:
         """Connections to what is protected that were answered, and by nobody of ours."""
@@ -432,14 +475,21 @@ def _kernel_settings(settings: Settings) -> kernel.Settings:
     )
 
 
-def _scope_of(policy: ActivePolicy, muster: Endpoint | None) -> kernel.Scope:
-    """What is redirected: the targets' addresses, and the protected ports of any address; beside it the muster."""
+def _scope_of(
+    policy: ActivePolicy, agents: AgentMatcher, muster: Endpoint | None, settings: kernel.Settings
+) -> kernel.Scope:
+    """What is redirected: the targets' addresses, and the protected ports of any address; beside it the muster. And
+    whose connections to all else are looked at: with no policy, those of the agents of the last one."""
     resolved = policy.resolved
+    intercepted = agents.intercepted_files() if agents.intercepted else None
+    if not policy.loaded:
+        intercepted = kernel.agents_found(settings)
     return kernel.Scope(
         ports=tuple(sorted(resolved.protected_ports)),
         endpoints=tuple(sorted(at for target in resolved.targets for at in target.endpoints)),
         prefixes=tuple(sorted(at for target in resolved.targets for at in target.prefixes)),
         muster=muster,
+        agents=intercepted,
     )
 
 

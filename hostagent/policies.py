@@ -30,7 +30,7 @@ class PolicyUnusable(OperatorError):
 
 
 class ActivePolicy:
-    """`problem` is empty, or says why what is on disk is not what is in force."""
+    """`problem` is empty, or says why what is on disk is not what is in force; `loaded` is whether any ever was."""
 
     def __init__(self, directory: Path, mask_key: bytes, names: Names | None = None) -> None:
         self._directory = directory
@@ -40,6 +40,7 @@ class ActivePolicy:
         self.resolved = resolve(self._document, self._names.addresses)
         self.compiled = CompiledPolicy(self.resolved, mask_key)
         self.problem = "no policy was loaded: everything is denied"
+        self.loaded = False
 
     @property
     def targets(self) -> dict[str, Target]:
@@ -58,6 +59,7 @@ class ActivePolicy:
             log.error("policy not loaded", kept=self.compiled.version, problems=error.problems)
             raise PolicyUnusable(str(error)) from error
         self._document, self.resolved, self.compiled, self.problem = document, resolved, compiled, ""
+        self.loaded = True
         self._names.keep_only(document.names)
         log.info("policy loaded", version=compiled.version, targets=sorted(self.targets))
 

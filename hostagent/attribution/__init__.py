@@ -33,6 +33,15 @@ class Attribution:
         node = self._pins.node_of(tgid)
         return Refused(f"process `{tgid}` has no lineage") if node is None else self._chain(node, tgid)
 
+    def of_image(self, node: int, tgid: int) -> Chain | Refused:
+        """The chain of a process image, 0 when it is not known."""
+        if not node:
+            return Refused(f"process `{tgid}` has no lineage")
+        try:
+            return self._chain(node, tgid)
+        except OSError as error:
+            return Refused(f"the kernel's records cannot be read: {error.strerror or error}")
+
     def _chain(self, node: int, tgid: int) -> Chain | Refused:
         lineage = self._pins.lineage(node)
         if lineage is None:

@@ -80,12 +80,14 @@ class _Executable:
 
 
 class AgentMatcher:
-    """The agents of one policy version. `declarable` are those that can be declared, with who may."""
+    """The agents of one policy version. `declarable` are those that can be declared, with who may; `intercepted` are
+    those for whose chains all connections are looked at."""
 
     def __init__(self, agents: Iterable[Agent]) -> None:
         by_name = sorted(agents, key=lambda agent: agent.name)
         self._executables = [_Executable(agent) for agent in by_name if agent.exe]
         self._names = frozenset(agent.name for agent in by_name)
+        self.intercepted = frozenset(agent.name for agent in by_name if agent.intercept == "all")
         self.declarable: dict[str, tuple[str, ...]] = {
             agent.name: agent.declared_by for agent in by_name if agent.declared_by
         }
@@ -100,6 +102,15 @@ class AgentMatcher:
                 )
             names.add(image.declared)
         return tuple(sorted(names))
+
+    def intercepted_files(self) -> frozenset[tuple[int, int]]:
+        """Device and inode of the executables that make a process an intercepted agent, whatever else has to hold."""
+        return frozenset(
+            name
+            for executable in self._executables
+            if executable.agent.name in self.intercepted
+            for name in _current(executable).names
+        )
 
     def why_not_declare(self, agent: str, chain: Chain, uid: int) -> str:
         """Why the process at the end of the chain, which runs as `uid`, may not declare itself to be the agent; empty

@@ -29,7 +29,7 @@ from hostagent.control.store import Store, StoreUnavailable
 from hostagent.errors import OperatorError
 from proxy.model import Chain, Endpoint
 from proxy.recording import AuditUnavailable, BrokenRecording, State, read, verify
-from proxy.recording.records import FORMAT, Login, Opened, Ruled, encode, line, link, seed
+from proxy.recording.records import FORMAT, Closed, Login, Opened, Ruled, encode, line, link, seed
 
 SUFFIX = ".hgr"
 _ID = re.compile(r"(\d{4})(\d{2})(\d{2})-\d{6}-[0-9a-f]{6}")
@@ -116,6 +116,47 @@ class Sessions:
         """Takes the worker's word for the end of a recording, if the file ends that way; else the session counts as
         interrupted. When the store does not answer, the session stays open in it until the next start."""
         self._end(session, lambda row: self._close(row, records, digest, operations, denied, reason))
+
+    def refuse(
+        self,
+        *,
+        peer: Endpoint,
+        dialled: Endpoint,
+        protocol: str,
+        chain: Chain | None,
+        policy_version: str,
+        refusal: str,
+    ) -> str:
+        """A session that ends where it begins, without a worker; its id. Raises `RecordingUnavailable`."""
+        opened = self.open(
+            peer=peer,
+            dialled=dialled,
+            target="",
+            protocol=protocol,
+            chain=chain,
+            policy_version=policy_version,
+            refusal=refusal,
+        )
+        text = encode(Closed(at_us=self._clock() // 1000, reason="refused", operations=0, denied=0))
+        digest = link(bytes.fromhex(opened.digest), text)
+        data = line(digest, text)
+        try:
+            whole = os.write(opened.fd, data) == len(data)
+        except OSError as error:
+            raise RecordingUnavailable(f"recording `{opened.path}` cannot be written: {error.strerror}") from error
+        finally:
+            os.close(opened.fd)
+        if not whole:
+            raise RecordingUnavailable(f"recording `{opened.path}` is not whole: is the disk full?")
+        self.close(
+            opened.id,
+            records=opened.records + 1,
+            digest=digest.hex(),
+            operations=0,
+            denied=0,
+            reason="refused",
+        )
+        return opened.id
 
     def interrupt(self, session: str, reason: str) -> None:
         """The worker that had this session is gone: the index takes the recording as it stands, which is read for that.

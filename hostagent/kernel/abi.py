@@ -219,7 +219,7 @@ MAPS: dict[str, tuple[int, int]] = {
     "declared": (8, ctypes.sizeof(Declaration)),
     "agent_files": (ctypes.sizeof(FileKey), 4),
     "spared": (8, 4),
-    "unwatched": (8, 4),
+    "unwatched": (8, 8),
 }
 """Maps that user space opens: bytes of key and value."""
 

@@ -123,15 +123,18 @@ def _intercept(settings: Settings, pins: Pins, agents: frozenset[tuple[int, int]
         return
     pins.set_agents(agents)
     begins = not pins.config().intercept
-    for name, link in links.items():
-        if not link.exists() or _attached_to(link) != settings.cgroup.stat().st_ino:
-            attach_packet_hook(settings, name)
-            begins = True
+    try:
+        for name, link in links.items():
+            if not link.exists() or _attached_to(link) != settings.cgroup.stat().st_ino:
+                _attach_packet_hook(settings, name)
+                begins = True
+    except OSError as error:
+        raise KernelError(f"cannot look at agents' connections: {error}; restart hopgate") from error
     if begins:
         pins.begin_interception()
 
 
-def attach_packet_hook(settings: Settings, name: str) -> None:
+def _attach_packet_hook(settings: Settings, name: str) -> None:
     """Attaches the pinned program in the place of what is at its link. Raises `OSError`."""
     program = bpf.object_get(settings.pin_dir / f"program_{name}")
     try:

@@ -185,3 +185,18 @@ def test_descriptors_are_given_back(exe: Path, image: Image) -> None:
     assert set(os.listdir("/proc/self/fd")) > before
     del matcher
     assert set(os.listdir("/proc/self/fd")) == before
+
+
+def test_the_files_of_intercepted_agents_are_those_that_match(exe: Path, image: Image, tmp_path: Path) -> None:
+    agents = [
+        Agent("a", str(exe), argv="nothing like it", intercept="all"),
+        Agent("b", "/bin/cat"),
+        Agent("c", declared_by=("uid:0",), intercept="all"),
+        Agent("d", str(tmp_path / "missing"), intercept="all"),
+    ]
+    matcher = AgentMatcher(agents)
+    assert matcher.intercepted == {"a", "c", "d"}
+    assert (image().device, image().inode) in matcher.intercepted_files()
+    cat = Path("/bin/cat").stat()
+    assert (cat.st_dev, cat.st_ino) not in matcher.intercepted_files()
+    assert AgentMatcher([agents[1]]).intercepted_files() == frozenset()

@@ -392,3 +392,16 @@ def test_the_store_serves_threads_and_other_processes(sessions: Sessions, store:
     thread.join()
     assert seen == [other.session(session.id)] != [None]
     other.close()
+
+
+def test_a_refused_session_ends_where_it_begins_and_its_audit_holds(store: Store, sessions: Sessions) -> None:
+    for chain in (CHAIN, None):
+        session = sessions.refuse(
+            peer=PEER, dialled=DIALLED, protocol="mysql", chain=chain, policy_version="v1", refusal="is no target"
+        )
+        row = store.session(session)
+        assert row is not None
+        assert (row.state, row.records, row.refusal, row.target) == (SessionState.CLOSED, 2, "is no target", "")
+        assert row.chain == ("" if chain is None else str(chain))
+    report = verify_all(store, sessions.recordings)
+    assert report.holds and (report.sessions, report.records) == (2, 4)
