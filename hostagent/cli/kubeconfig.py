@@ -9,6 +9,9 @@ import typer
 
 from hostagent.cli.options import DEFAULT_CONFIG, Config, settings
 
+PLACEHOLDER = "the-gateway-holds-it"
+"""Not a credential: kubectl asks for a user name where a kubeconfig has none at all. The gateway drops it."""
+
 
 def kubeconfig(
     target: Annotated[str, typer.Argument(metavar="TARGET", help="Name of a Kubernetes target of the policy.")],
@@ -57,7 +60,7 @@ def kubeconfig(
         "apiVersion": "v1",
         "kind": "Config",
         "clusters": [{"name": target, "cluster": cluster}],
-        "users": [{"name": "hopgate", "user": {}}],
+        "users": [{"name": "hopgate", "user": {"token": PLACEHOLDER}}],
         "contexts": [{"name": target, "context": {"cluster": target, "user": "hopgate", "namespace": namespace}}],
         "current-context": target,
     }

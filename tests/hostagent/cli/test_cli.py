@@ -326,7 +326,7 @@ def test_a_kubeconfig_holds_the_host_ca_and_no_credential(host: Host) -> None:
     entry = written["clusters"][0]["cluster"]
     assert entry["server"] == "https://[2001:db8::1]:6443"
     assert base64.b64decode(entry["certificate-authority-data"]) == (settings.state_dir / "ca/ca.pem").read_bytes()
-    assert written["users"] == [{"name": "hopgate", "user": {}}]
+    assert written["users"] == [{"name": "hopgate", "user": {"token": "the-gateway-holds-it"}}]
     assert written["contexts"][0]["context"] == {"cluster": "cluster", "user": "hopgate", "namespace": "shop"}
     trusting = yaml.safe_load(
         host.hopgate("kubeconfig", "cluster", "--system-trust", "--server", "https://api.example").stdout
