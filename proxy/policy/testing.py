@@ -164,9 +164,13 @@ def _outcomes(
         raise PolicyError([f"{place}: `{other}` is not for target `{entry.target}`: write `{wanted}`"])
     if not getattr(entry, wanted):
         raise PolicyError([f"{place}: `{wanted}` is missing in `{where}`"])
+    try:
+        body = msgspec.json.decode(msgspec.json.encode(entry.body))
+    except (TypeError, ValueError, RecursionError):
+        raise PolicyError([f"{place}: `body` is nothing that can be sent as JSON"]) from None
     for sql in words(getattr(entry, wanted)):
         try:
-            operation = request(sql, entry.body, entry.patch) if kubernetes else describe(sql)
+            operation = request(sql, body, entry.patch) if kubernetes else describe(sql)
         except ValueError as error:
             raise PolicyError([f"{place}: {error}"]) from None
         ruling = judge.decide(operation) if login.decision == Decision.ALLOW else login

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from proxy.model import Operation, OperationKind
-from proxy.policy import PolicyError, housekeeping, load_files, vocabulary
+from proxy.policy import PolicyError, housekeeping, load_files, resources, terms, vocabulary
 from proxy.policy.document import schema
 from proxy.policy.testing import Outcome, run
 from proxy.protocols.postgres.operations import describe
@@ -86,3 +86,33 @@ def test_the_manual_lists_every_kind_and_every_guarded_relation() -> None:
     verbs = {f"{verb}-{noun}" for verb in ("create", "alter", "drop") for noun in words}
     assert words | verbs >= vocabulary.KINDS
     assert set(vocabulary.GROUPS) | housekeeping.GUARDED_FIXED <= words
+    assert resources.VERBS | resources.GROUPS.keys() | resources.GUARDED <= words
+    assert set(terms.KEYS) <= words
+
+
+REQUEST = "  - {chain: A, target: k, requests: %s, expect: deny%s}"
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        (REQUEST % ("delete", ""), ":3: `delete` is not a request"),
+        (REQUEST % ("'delete pods/web'", ", sql: x"), ":3: `sql` is not for target `k`: write `requests`"),
+        ("  - {chain: A, target: k, expect: deny}", ":3: `requests` is missing in `tests[0]`"),
+        ("  - {chain: A, target: p, requests: x, expect: deny}", ":3: `requests` is not for target `p`: write `sql`"),
+        (REQUEST % ("'patch pods/web'", ", patch: yaml"), "`patch` cannot be `yaml`"),
+        (REQUEST % ("'patch pods/web'", ", body: !x y"), "`body` cannot be read"),
+        (REQUEST % ("'patch pods/web'", ", body: &a [*a]"), ":3: `body` is nothing that can be sent as JSON"),
+    ],
+)
+def test_a_test_of_requests_that_cannot_be_run_says_where(tmp_path: Path, body: str, said: str) -> None:
+    (tmp_path / "policy.yaml").write_text(
+        "agents: {A: {exe: /a}}\n"
+        "targets: {k: {protocol: kubernetes, addresses: a, credential: c},"
+        " p: {protocol: postgresql, addresses: b, credential: c}}"
+    )
+    path = tmp_path / "tests.yaml"
+    path.write_text(f"policy: policy.yaml\ntests:\n{body}\n")
+    with pytest.raises(PolicyError) as raised:
+        run(path, operation)
+    assert said in str(raised.value)

@@ -14,6 +14,7 @@ import yaml
 from proxy.model import Decision, Operation, OperationKind, Phase, Ruling
 from proxy.policy import CompiledPolicy, Judge, load, resolve
 from proxy.policy.testing import request
+from proxy.protocols.kubernetes.requests import Head, classify, describe, tell
 
 ALLOW, HOLD, DENY = Decision.ALLOW, Decision.HOLD, Decision.DENY
 KEY = bytes(32)
@@ -782,3 +783,65 @@ def test_arbitrary_bodies_never_break_the_judge(judge: Bench) -> None:
         odd, ("", "json", "merge", "strategic", "apply", "?"), ("create", "update", "patch", "delete")
     ):
         assert decided(bound, f"{verb} deployments.apps/web in shop", body, patch) in (ALLOW, DENY)
+
+
+# --- from the wire ----------------------------------------------------------------------------------------------------
+
+
+def sent(method: str, target: str, body: object = None, content_type: str = "application/json") -> Operation:
+    head = Head(method, target, (("content-type", content_type),))
+    return describe(classify(head), head, b"" if body is None else json.dumps(body).encode()).operation
+
+
+@pytest.mark.parametrize(
+    ("operation", "decision"),
+    [
+        (sent("GET", "/api/v1/namespaces/shop/pods"), ALLOW),
+        (sent("GET", "/api/v1/watch/namespaces/shop/pods"), ALLOW),
+        (sent("GET", "/api/v1/namespaces/shop/pods/web/log?container=a"), ALLOW),
+        (sent("GET", "/api/v1/pods"), DENY),
+        (sent("GET", "/api/v1/namespaces/shop/pods/web/exec?command=ls&command=-l"), ALLOW),
+        (sent("POST", "/api/v1/namespaces/shop/pods/web/exec?command=sh"), DENY),
+        (sent("GET", "/api/v1/namespaces/shop/pods/web/portforward?ports=5432"), DENY),
+        (sent("GET", "/api/v1/namespaces/shop//pods"), DENY),
+        (sent("GET", "/api/v1/namespaces/shop/pods/..%2f..%2fsecrets"), DENY),
+        (sent("DELETE", "/api/v1/namespaces/shop/pods"), DENY),
+        (sent("POST", "/apis/apps/v1/namespaces/shop/deployments", deployment(GOOD)), ALLOW),
+        (sent("POST", "/apis/apps/v1/namespaces/shop/deployments", deployment(BAD)), DENY),
+        (
+            sent(
+                "PATCH",
+                "/apis/apps/v1/namespaces/shop/deployments/web",
+                deployment(GOOD),
+                "application/strategic-merge-patch+json",
+            ),
+            ALLOW,
+        ),
+        (
+            sent("PATCH", "/apis/apps/v1/namespaces/shop/deployments/web", deployment(GOOD), "application/json"),
+            DENY,
+        ),
+        (sent("GET", "/apis/apps/v1"), ALLOW),
+        (sent("GET", "/metrics"), DENY),
+    ],
+    ids=lambda value: value.text[:60] if isinstance(value, Operation) else "",
+)
+def test_what_comes_from_a_client_is_ruled_alike(judge: Bench, operation: Operation, decision: Decision) -> None:
+    shell = rule("shell", "allow", "create", "pods/exec", commands="ls *", namespaces="shop")
+    assert judge(READ, shell, deploy(FROM_REGISTRY)).decide(operation).decision == decision
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "delete deployments.apps/web in shop",
+        "create pods/web exec in shop: ls -l",
+        "list pods in shop where app=web with status.phase=Running",
+        "create pods/web portforward in shop to 80, 443",
+        "patch secrets/a in shop (dry run)",
+        "get /healthz",
+    ],
+)
+def test_a_test_of_a_policy_spells_requests_as_recordings_do(text: str) -> None:
+    (facts,) = request(text).requests
+    assert tell(facts) == text
