@@ -240,21 +240,18 @@ class SpdyForward:
                     if frame.data and stream.kind == ERROR:
                         raise PeerViolation("data on an error stream, which is the server's", Side.CLIENT)
                     connection.count(Side.CLIENT, frame.data, error=False)
-                self._relay.write(Side.SERVER, frame)
+                self._relay.write(Side.SERVER, stream, frame)
             case _State.DENIED:
                 if isinstance(frame, SynStream):
                     text = connection.refusal.encode() if stream.kind == ERROR else b""
-                    self._relay.write(Side.CLIENT, SynReply(stream.id))
-                    self._relay.write(Side.CLIENT, Data(stream.id, text, True))
+                    self._relay.write(Side.CLIENT, stream, SynReply(frame.stream))
+                    self._relay.write(Side.CLIENT, stream, Data(frame.stream, text, True))
                     self._relay.end(stream, Side.SERVER)
 
     def _from_server(self, pair: _Pair, stream: Stream, frame: Frame) -> None:
-        connection = pair.connection
-        if connection.state is not _State.OPEN:
-            raise PeerViolation(f"SPDY: stream `{stream.id}` was never opened", Side.SERVER)
         if isinstance(frame, Data):
-            connection.count(Side.SERVER, frame.data, error=stream.kind == ERROR)
-        self._relay.write(Side.CLIENT, frame)
+            pair.connection.count(Side.SERVER, frame.data, error=stream.kind == ERROR)
+        self._relay.write(Side.CLIENT, stream, frame)
 
     def _end_if_over(self, pair: _Pair, stream: Stream) -> Iterable[Command]:
         if not pair.over or pair.connection.state is _State.WAITING:

@@ -3,15 +3,22 @@
     SYN_STREAM (client) ---> open ---> each side ends its half (FIN) ---> gone
                                \\----> either side resets it ------------> gone
 
+A stream has two numbers: the client's, and the one under which the server is told of it. Servers refuse a number that
+is lower than an earlier one, and a stream that waits for a ruling is overtaken by others.
+
 What comes for a stream that is gone is dropped, as both ends do. SETTINGS, PING, GOAWAY and the connection's own window
 pass, and so do WebSocket's pings, pongs and close frames. Towards the server a WebSocket frame is masked with the key
 that the client chose for its own last one.
+
+Blind spot: the number in the server's GOAWAY stays the server's; clients of Kubernetes do not look at it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Final
+
+import msgspec
 
 from proxy.protocols.base import Buffer, PeerViolation, Send, Side
 from proxy.protocols.kubernetes import spdy, websocket
@@ -30,12 +37,13 @@ OTHER: Final = {Side.CLIENT: Side.SERVER, Side.SERVER: Side.CLIENT}
 
 class Stream:
     """`kind` is the `streamType` that it was opened with; `headers` are those that tell what it is for. `ended` are the
-    sides that will send no more on it; `reset` says that one of them broke it off."""
+    sides that will send no more on it; `reset` says that one of them broke it off. `numbers` are what each side calls
+    it; the server has none before it is told of it."""
 
-    __slots__ = ("ended", "headers", "id", "kind", "replied", "reset")
+    __slots__ = ("ended", "headers", "kind", "numbers", "replied", "reset")
 
     def __init__(self, frame: SynStream) -> None:
-        self.id = frame.stream
+        self.numbers = {Side.CLIENT: frame.stream}
         self.headers = {name: value for name, value in frame.headers if name in _TELLING}
         self.kind = self.headers.get(STREAM_TYPE, "")
         self.ended: set[Side] = set()
@@ -54,8 +62,8 @@ class SpdyRelay:
         self._readers = {side: spdy.Reader(side) for side in Side}
         self._writers = {side: spdy.Writer() for side in Side}
         self._outer = {side: websocket.Reader(side) for side in Side} if in_websocket else None
-        self._streams: dict[int, Stream] = {}
-        self._last = 0
+        self._streams: dict[Side, dict[int, Stream]] = {side: {} for side in Side}
+        self._last = {Side.CLIENT: 0, Side.SERVER: -1}
         self._out: dict[Side, bytearray] = {side: bytearray() for side in Side}
         self._wrapped: dict[Side, bytearray] = {side: bytearray() for side in Side}
 
@@ -65,15 +73,25 @@ class SpdyRelay:
         for payload in self._unwrap(side, data):
             for frame in self._readers[side].feed(payload):
                 if isinstance(frame, Unbound) or (isinstance(frame, WindowUpdate) and not frame.stream):
-                    self.write(OTHER[side], frame)
+                    self._out[OTHER[side]] += self._writers[OTHER[side]].write(frame)
                     continue
                 stream = self._hold_against(side, frame)
                 if stream is not None:
                     yield stream, frame
                     self._forget_if_gone(stream)
 
-    def write(self, side: Side, frame: Frame) -> None:
-        """The next frame for that side."""
+    def write(self, side: Side, stream: Stream, frame: Frame) -> None:
+        """The next frame for that side, whatever number it has. The first that the server gets is the one that opens
+        the stream."""
+        if isinstance(frame, SynStream):
+            number = self._last[side] = self._last[side] + 2
+            stream.numbers[side] = number
+            if not stream.gone:
+                self._streams[side][number] = stream
+        number = stream.numbers[side]
+        assert not isinstance(frame, Unbound)
+        if frame.stream != number:
+            frame = msgspec.structs.replace(frame, stream=number)
         self._out[side] += self._writers[side].write(frame)
 
     def end(self, stream: Stream, side: Side) -> None:
@@ -118,9 +136,9 @@ class SpdyRelay:
         assert not isinstance(frame, Unbound)
         if isinstance(frame, SynStream):
             return self._open(side, frame)
-        if frame.stream == 0 or frame.stream > self._last or not frame.stream % 2:
+        if frame.stream == 0 or frame.stream > self._last[side] or not frame.stream % 2:
             raise PeerViolation(f"SPDY: stream `{frame.stream}` was never opened", side)
-        stream = self._streams.get(frame.stream)
+        stream = self._streams[side].get(frame.stream)
         if stream is None:
             return None
         match frame:
@@ -147,16 +165,17 @@ class SpdyRelay:
     def _open(self, side: Side, frame: SynStream) -> Stream:
         if side is Side.SERVER:
             raise PeerViolation("SPDY: the server opens a stream", side)
-        if frame.stream <= self._last or not frame.stream % 2:
-            raise PeerViolation(f"SPDY: stream `{frame.stream}` is opened after `{self._last}`", side)
-        if len(self._streams) >= MAX_STREAMS:
+        if frame.stream <= self._last[side] or not frame.stream % 2:
+            raise PeerViolation(f"SPDY: stream `{frame.stream}` is opened after `{self._last[side]}`", side)
+        if len(self._streams[side]) >= MAX_STREAMS:
             raise PeerViolation(f"SPDY: more than `{MAX_STREAMS}` streams are open", side)
-        self._last = frame.stream
-        stream = self._streams[frame.stream] = Stream(frame)
+        self._last[side] = frame.stream
+        stream = self._streams[side][frame.stream] = Stream(frame)
         if frame.final:
             stream.ended.add(side)
         return stream
 
     def _forget_if_gone(self, stream: Stream) -> None:
         if stream.gone:
-            self._streams.pop(stream.id, None)
+            for side, number in stream.numbers.items():
+                self._streams[side].pop(number, None)

@@ -208,7 +208,7 @@ class SpdyTerminal:
                     self._opened.add(stream.kind)
                 case Data():
                     self._observation.see(side, stream.kind, frame.data)
-            self._relay.write(OTHER[side], frame)
+            self._relay.write(OTHER[side], stream, frame)
         return [*self._observation.take(), *self._relay.take()]
 
     def answer(self, ask: AskRuling, reply: Reply) -> list[Command]:

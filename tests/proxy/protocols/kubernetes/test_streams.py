@@ -476,21 +476,21 @@ def test_a_denied_connection_is_told_so_and_the_others_go_on(in_websocket: bool)
     forwarded.say(CLIENT, forwarded.client.pair(5, 5432, "1"))
     forwarded.say(CLIENT, forwarded.client.pair(9, 80, "2"))
     forwarded.say(CLIENT, data_frame(7, b"SELECT") + data_frame(11, b"GET /"))
-    assert forwarded.hear(SERVER) == [*opening(1, 80, "0"), *opening(9, 80, "2"), ("data", 11, b"GET /", False)]
+    assert forwarded.hear(SERVER) == [*opening(1, 80, "0"), *opening(5, 80, "2"), ("data", 7, b"GET /", False)]
     assert forwarded.hear(CLIENT) == [
         ("reply", 5),
         ("data", 5, b"denied for agent (ask the owners)", True),
         ("reply", 7),
         ("data", 7, b"", True),
     ]
-    replies = b"".join(forwarded.server.syn_reply(stream) for stream in (1, 3, 9, 11))
+    replies = b"".join(forwarded.server.syn_reply(stream) for stream in (1, 3, 5, 7))
     forwarded.say(SERVER, replies)
     assert forwarded.hear(CLIENT) == [("reply", stream) for stream in (1, 3, 9, 11)]
     forwarded.say(CLIENT, reset(7) + reset(3))
     assert forwarded.hear(SERVER) == [("reset", 3)]
     # the server knows nothing of what was denied
     with pytest.raises(PeerViolation):
-        forwarded.say(SERVER, data_frame(5, b"x") + data_frame(13, b"x"))
+        forwarded.say(SERVER, data_frame(9, b"x"))
 
 
 def test_questions_are_asked_one_at_a_time_and_the_rest_flows(in_websocket: bool) -> None:
@@ -505,13 +505,38 @@ def test_questions_are_asked_one_at_a_time_and_the_rest_flows(in_websocket: bool
     forwarded.session.answer(DENY)
     forwarded.session.answer(ALLOW)
     assert [ask.operation.requests[0].ports for ask in forwarded.session.asked][2:] == [(3306,), (6379,)]
-    assert forwarded.hear(SERVER) == opening(9, 3306, "2")
+    assert forwarded.hear(SERVER) == opening(5, 3306, "2")
     forwarded.session.end()
     assert [done.tag for done in forwarded.session.completed] == [
         "2 bytes sent, 0 received",
         "0 bytes sent, 0 received",
         "2 connections",
     ]
+
+
+def test_the_server_is_told_of_streams_in_the_order_of_its_numbers(in_websocket: bool) -> None:
+    """Two connections open at once: one is released whole before the other, and a server refuses a number that is lower
+    than an earlier one."""
+    forwarded = Forward(in_websocket)
+    opened = [(1, "error", "0"), (3, "error", "1"), (5, "data", "1"), (7, "data", "0")]
+    forwarded.say(
+        CLIENT,
+        b"".join(
+            forwarded.client.syn_stream(stream, streamtype=kind, port=80, requestid=request)
+            for stream, kind, request in opened
+        ),
+    )
+    heard = forwarded.hear(SERVER)
+    assert [frame[1] for frame in heard] == [1, 3, 5, 7]
+    named = {(frame[2]["streamtype"], frame[2]["requestid"]): frame[1] for frame in heard}  # type: ignore[index]
+    for stream, kind, request in opened:
+        number = named[kind, request]
+        assert isinstance(number, int)
+        text = f"{kind} {request}".encode()
+        forwarded.say(SERVER, forwarded.server.syn_reply(number) + data_frame(number, text))
+        assert forwarded.hear(CLIENT) == [("reply", stream), ("data", stream, text, False)]
+    forwarded.say(CLIENT, data_frame(7, b"up"))
+    assert forwarded.hear(SERVER) == [("data", named["data", "0"], b"up", False)]
 
 
 def test_a_client_that_gives_up_is_not_connected(in_websocket: bool) -> None:
@@ -522,7 +547,7 @@ def test_a_client_that_gives_up_is_not_connected(in_websocket: bool) -> None:
     assert [done.error for done in forwarded.session.completed] == [forward.ABANDONED]
     forwarded.session.rule = lambda port: ALLOW
     forwarded.say(CLIENT, forwarded.client.pair(3, 80, "1"))
-    assert forwarded.hear(SERVER) == opening(3, 80, "1")
+    assert forwarded.hear(SERVER) == opening(1, 80, "1")
 
 
 def test_the_servers_error_is_recorded(in_websocket: bool) -> None:
@@ -557,7 +582,7 @@ def test_a_forward_in_any_chunking(cuts: list[int], in_websocket: bool) -> None:
     assert forwarded.hear(SERVER) == [
         *opening(1, 80, "0"),
         ("data", 3, b"GET /" * 20, False),
-        *opening(9, 8080, "2"),
+        *opening(5, 8080, "2"),
     ]
     assert forwarded.hear(CLIENT) == [
         ("reply", 5),
