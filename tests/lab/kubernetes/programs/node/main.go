@@ -16,11 +16,13 @@ import (
 	"errors"
 	"flag"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"os"
 	"os/signal"
 	"strconv"
+	"sync"
 	"syscall"
 	"time"
 
@@ -29,8 +31,12 @@ import (
 	"k8s.io/klog/v2"
 )
 
-// shutdownTimeout bounds the end of all containers.
-const shutdownTimeout = 5 * time.Second
+const (
+	// shutdownTimeout bounds the end of all containers.
+	shutdownTimeout = 5 * time.Second
+	// lingerTimeout is how long a closed connection still takes what comes.
+	lingerTimeout = 2 * time.Second
+)
 
 func main() {
 	var (
@@ -78,7 +84,7 @@ func run(ctx context.Context, kubeconfig, name, address string, port int, certif
 		Handler: n.handler(), TLSConfig: tlsConfig, Protocols: protocols, ReadHeaderTimeout: 10 * time.Second,
 	}
 	served := make(chan error, 1)
-	go func() { served <- server.ServeTLS(listener, "", "") }()
+	go func() { served <- server.ServeTLS(lingeringListener{listener}, "", "") }()
 	if err := n.register(ctx); err != nil {
 		return fmt.Errorf("register the node: %w", err)
 	}
@@ -96,6 +102,36 @@ func run(ctx context.Context, kubeconfig, name, address string, port int, certif
 		return nil
 	}
 	return err
+}
+
+// lingeringListener gives connections that are closed in two steps. A command here is over within a millisecond, while
+// frames of its client are still on their way; closed at once, TCP would answer those with a reset, and the reset
+// would take the command's output with it.
+type lingeringListener struct{ net.Listener }
+
+func (l lingeringListener) Accept() (net.Conn, error) {
+	connection, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return &lingeringConn{TCPConn: connection.(*net.TCPConn)}, nil
+}
+
+type lingeringConn struct {
+	*net.TCPConn
+	once sync.Once
+}
+
+func (c *lingeringConn) Close() error {
+	c.once.Do(func() {
+		_ = c.CloseWrite()
+		go func() {
+			_ = c.SetReadDeadline(time.Now().Add(lingerTimeout))
+			_, _ = io.Copy(io.Discard, c.TCPConn)
+			_ = c.TCPConn.Close()
+		}()
+	})
+	return nil
 }
 
 func serverTLS(certificate, key, clientCA string) (*tls.Config, error) {

@@ -168,6 +168,8 @@ type stream struct {
 
 func (s stream) ExecInContainer(_ context.Context, _, _, _ string, command []string, stdin io.Reader, stdout, stderr io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize, _ time.Duration) error {
 	in, out, errors := s.choose(stdin, stdout, stderr)
+	// ended in order, and not cut off with the connection, which loses what is on its way
+	defer closeAll(stdout, stderr)
 	code, err := s.in.execute(command, tty, in, out, errors, resize)
 	if err != nil {
 		return err
@@ -180,7 +182,16 @@ func (s stream) ExecInContainer(_ context.Context, _, _, _ string, command []str
 
 func (s stream) AttachContainer(_ context.Context, _, _, _ string, stdin io.Reader, stdout, stderr io.WriteCloser, _ bool, resize <-chan remotecommand.TerminalSize) error {
 	in, out, errors := s.choose(stdin, stdout, stderr)
+	defer closeAll(stdout, stderr)
 	return s.in.attach(in, out, errors, resize)
+}
+
+func closeAll(streams ...io.Closer) {
+	for _, one := range streams {
+		if one != nil {
+			_ = one.Close()
+		}
+	}
 }
 
 func (s stream) choose(stdin io.Reader, stdout, stderr io.Writer) (in io.Reader, out, errors io.Writer) {
