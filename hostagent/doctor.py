@@ -170,6 +170,7 @@ def _attachment(settings: Settings) -> Iterator[Finding]:
                 yield Finding("lineage", State.OK, told)
     try:
         faults = probe.rule_faults()
+        yield _backends()
     except OperatorError as error:
         yield Finding("rules", State.WRONG, str(error), "apt-get install iptables ipset")
         return
@@ -177,6 +178,20 @@ def _attachment(settings: Settings) -> Iterator[Finding]:
         yield Finding("rules", State.WRONG, "; ".join(faults[:4]), start)
     else:
         yield Finding("rules", State.OK, "all jumps are there, once and first; chains and sets are there")
+
+
+def _backends() -> Finding:
+    used, foreign = probe.backends()
+    check = "iptables"
+    if used[4] != used[6]:
+        what = f"its rules are in {used[4]} for IPv4 and in {used[6]} for IPv6: who looks at one does not see the other"
+        return Finding(check, State.WEAK, what, "update-alternatives --config iptables, and ip6tables; restart hopgate")
+    if foreign:
+        what = f"ours are in {used[4]}, {len(foreign)} of others are not ({foreign[0]}): both apply, and what was made "
+        what += "last comes first: it may take away what should come to us"
+        fix = "have all programs of this host use one backend: update-alternatives --config iptables"
+        return Finding(check, State.WEAK, what, fix)
+    return Finding(check, State.OK, f"{used[4]}; nobody has rules in the other backend")
 
 
 def _kernel_settings(settings: Settings) -> kernel.Settings:

@@ -48,6 +48,12 @@ def rule_faults() -> list[str]:
     return redirect.faults()
 
 
+def backends() -> tuple[dict[int, str], list[str]]:
+    """Which backend `iptables` is for IPv4 and IPv6, and the rules that others have in the other one. Raises
+    `KernelError`."""
+    return {family: redirect.backend(family) for family in (4, 6)}, redirect.foreign()
+
+
 def _programs() -> None:
     path = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
     missing = [name for name in _PROGRAMS if shutil.which(name, path=path) is None]

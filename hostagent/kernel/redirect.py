@@ -13,6 +13,10 @@ Everything is in chains and sets of our own, for IPv4 and IPv6; each table's rul
 exactly one jump, in front. Rules look at SYNs only, so that connections which exist already go on. The workers' own
 connections are exempt if they come from the workers' cgroup *and* carry the mark that only the kernel program gives.
 
+iptables has two backends, nf_tables and the legacy tables, and a kernel can have rules in both: both apply, in nat and
+in filter, and of equals the table that was made last comes first. We use the one that `iptables` is on this host. When
+that changes, what we have in the other is taken off once ours is in; `foreign` tells what others have there.
+
 Blind spots: what other tables do before ours (raw, mangle, chains of nftables with another priority), packets that
 never pass this namespace's IP layer (AF_PACKET). A connection from outside to a protected port of this host is
 redirected too.
@@ -21,6 +25,7 @@ redirected too.
 from __future__ import annotations
 
 import ipaddress
+import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +37,7 @@ from proxy.model import Endpoint, Prefix
 
 _FAMILIES = (4, 6)
 _IPTABLES = {4: "iptables", 6: "ip6tables"}
+NF_TABLES, LEGACY = "nf_tables", "legacy"
 _PORTS_SET = "hopgate-ports"
 _ENDPOINTS_SET = {4: "hopgate-targets-4", 6: "hopgate-targets-6"}
 _CHAINS = {
@@ -43,6 +49,7 @@ _ESCAPES = ("HOPGATE-OUT", "HOPGATE-FWD")
 _BEGINS_TCP = "-p tcp --tcp-flags SYN,ACK SYN"
 _TIMEOUT_S = 30
 _WAIT_S = "5"
+_LEGACY_TABLES = {4: "/proc/thread-self/net/ip_tables_names", 6: "/proc/thread-self/net/ip6_tables_names"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +82,7 @@ def install(rules: Rules) -> str:
     _fill_sets(rules)
     for family in _FAMILIES:
         _restore(family, "".join(_table_text(rules, family, table, _saved(family, table)) for table in _CHAINS))
+    _remove_strays()
     return _fingerprint()
 
 
@@ -102,6 +110,8 @@ def repair(rules: Rules, installed: str, *, look_at_rules: bool = True) -> list[
                     _fill_sets(rules)
                     _restore(family, text)
             changes += change
+    if changes:
+        _remove_strays()
     change = _compared([line for line in wanted if not line.startswith("IPv")], _of_sets())
     if change:
         _fill_sets(rules)
@@ -143,23 +153,33 @@ def set_names() -> tuple[str, ...]:
 def notified() -> bool:
     """Whether the kernel tells about changes of the rules (`RulesetEvents`): not with the legacy tables. Raises
     `KernelError`."""
-    return all("nf_tables" in _run([_IPTABLES[family], "--version"]) for family in _FAMILIES)
+    return all(backend(family) == NF_TABLES for family in _FAMILIES)
+
+
+def backend(family: int) -> str:
+    """Where `iptables` has its rules on this host. Raises `KernelError`."""
+    return NF_TABLES if "nf_tables" in _run([_IPTABLES[family], "--version"]) else LEGACY
+
+
+def foreign() -> list[str]:
+    """The rules of others in nat and filter of the backend that we do not use. Raises `KernelError`."""
+    return [
+        f"IPv{family} {table}: {line}"
+        for family in _FAMILIES
+        for tool, table in _other(family)
+        for line in _saved_by(tool, table)
+        if line.startswith("-A ") and "HOPGATE-" not in line
+    ]
 
 
 def remove() -> list[str]:
     """Takes off jumps, chains and sets, as far as they are there; says what. Raises `KernelError`."""
     removed: list[str] = []
     for family in _FAMILIES:
-        for table, jumps in _CHAINS.items():
-            saved = _saved(family, table)
-            for hook, chain in jumps.items():
-                for _ in _jumps(saved, hook, chain):
-                    _iptables(family, table, "-D", hook, "-j", chain)
-            for chain in dict.fromkeys(jumps.values()):
-                if _has_chain(saved, chain):
-                    _iptables(family, table, "-F", chain)
-                    _iptables(family, table, "-X", chain)
-                    removed.append(f"IPv{family} chain {chain} of table {table}")
+        for table in _CHAINS:
+            chains = _remove_from(_IPTABLES[family], table)
+            removed += [f"IPv{family} chain {chain} of table {table}" for chain in chains]
+    removed += _remove_strays()
     existing = set(_run(["ipset", "list", "-name"]).split())
     for name in (_PORTS_SET, *_ENDPOINTS_SET.values()):
         for one in (name, _fresh(name)):
@@ -167,6 +187,48 @@ def remove() -> list[str]:
                 _run(["ipset", "destroy", one])
                 removed.append(f"address set {one}")
     return removed
+
+
+def _remove_from(tool: str, table: str) -> list[str]:
+    """Takes off our jumps and chains of one table; names the chains."""
+    removed: list[str] = []
+    saved, jumps = _saved_by(tool, table), _CHAINS[table]
+    for hook, chain in jumps.items():
+        for _ in _jumps(saved, hook, chain):
+            _run([tool, "-w", _WAIT_S, "-t", table, "-D", hook, "-j", chain])
+    for chain in dict.fromkeys(jumps.values()):
+        if _has_chain(saved, chain):
+            _run([tool, "-w", _WAIT_S, "-t", table, "-F", chain])
+            _run([tool, "-w", _WAIT_S, "-t", table, "-X", chain])
+            removed.append(chain)
+    return removed
+
+
+def _remove_strays() -> list[str]:
+    """Takes off what we have in the other backend: from before `iptables` was made to mean this one."""
+    return [
+        f"IPv{family} chain {chain} of table {table}, by {tool}"
+        for family in _FAMILIES
+        for tool, table in _other(family)
+        for chain in _remove_from(tool, table)
+    ]
+
+
+def _other(family: int) -> list[tuple[str, str]]:
+    """The tool of the backend that `iptables` is not, with each of its tables that there may be. To ask for a legacy
+    table would make it."""
+    try:
+        legacy = Path(_LEGACY_TABLES[family]).read_text().split()
+    except OSError:
+        legacy = []
+    if not legacy:
+        # where we use the legacy tables there would be some, once anything of ours was installed
+        return []
+    used = backend(family)
+    tool = shutil.which(f"{_IPTABLES[family]}-{'legacy' if used == NF_TABLES else 'nft'}")
+    if tool is None:
+        return []
+    return [(tool, table) for table in _CHAINS if used == LEGACY or table in legacy]
 
 
 # --- sets -------------------------------------------------------------------------------------------------------------
@@ -253,7 +315,11 @@ def _quoted(path: str) -> str:
 
 
 def _saved(family: int, table: str) -> list[str]:
-    return _run([f"{_IPTABLES[family]}-save", "-t", table]).splitlines()
+    return _saved_by(_IPTABLES[family], table)
+
+
+def _saved_by(tool: str, table: str) -> list[str]:
+    return _run([f"{tool}-save", "-t", table]).splitlines()
 
 
 def _jumps(saved: list[str], hook: str, chain: str) -> list[int]:
@@ -289,10 +355,6 @@ def _of_sets() -> list[str]:
         saved = _run(["ipset", "save", name]).splitlines() if name in existing else [f"set {name} is gone"]
         parts += sorted(line for line in saved if not line.startswith("create "))
     return parts
-
-
-def _iptables(family: int, table: str, *arguments: str) -> str:
-    return _run([_IPTABLES[family], "-w", _WAIT_S, "-t", table, *arguments])
 
 
 def _run(command: list[str], text: str = "") -> str:

@@ -32,7 +32,7 @@ SOUND = {
     *("programs", "bcc", "BTF", "hash, queue and LPM maps", "raw tracepoints", "sock_ops on a cgroup"),
     *("netfilter rules", "cgroup2", "workers", "settings", "programs and pins", "lineage", "rules", "policy"),
     *("policy in force", "target shop", "credential shop", "certificate authority", "disk of the state"),
-    *("alerts", "user 65534", "shop reachable"),
+    *("alerts", "user 65534", "shop reachable", "iptables"),
 }
 
 
