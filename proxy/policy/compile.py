@@ -17,7 +17,7 @@ from proxy.policy.decide import Hop, Judge
 from proxy.policy.document import MASK_METHODS, Mask, ObjectMask, Requests, ResolvedPolicy, Rule
 from proxy.policy.names import FunctionPattern, RelationPattern
 from proxy.policy.requests import RequestHop, RequestMask, RequestRule
-from proxy.policy.resources import Glob, ResourcePattern, expand
+from proxy.policy.resources import ALSO, Glob, ResourcePattern, expand
 from proxy.policy.statements import StatementHop, StatementRule
 
 MAX_JUDGES = 1024
@@ -186,10 +186,12 @@ def _compile(rule: Rule) -> StatementRule | None:
 def _compile_requests(rule: Rule, requests: Requests, protected: frozenset[int]) -> RequestRule | None:
     if rule.decision is None:
         return None
+    verbs = expand(requests.verbs, paths=bool(requests.paths))
     return RequestRule(
         name=rule.name,
         decision=_DECISIONS[rule.decision],
-        verbs=expand(requests.verbs, paths=bool(requests.paths)),
+        verbs=verbs,
+        restricts=verbs if requests.paths else verbs.union(*(ALSO.get(verb, ()) for verb in verbs)),
         every_verb="*" in requests.verbs,
         resources=tuple(map(ResourcePattern.parse, requests.resources)),
         paths=tuple(map(Glob.parse, requests.paths)),

@@ -47,12 +47,14 @@ _SELECTING = frozenset({"list", "watch", "deletecollection"})
 
 @dataclass(frozen=True, slots=True)
 class RequestRule:
-    """One rule, its words turned into sets and patterns. Empty: any. `every_verb` says that a star stands among the
-    verbs; `paths` are given in place of `resources`; `protected` are the ports that have to be named in `ports`."""
+    """One rule, its words turned into sets and patterns. Empty: any. `restricts` are the verbs that a restriction
+    concerns, `every_verb` says that a star stands among them; `paths` are given in place of `resources`; `protected`
+    are the ports that have to be named in `ports`."""
 
     name: str
     decision: Decision
     verbs: frozenset[str]
+    restricts: frozenset[str]
     every_verb: bool
     resources: tuple[ResourcePattern, ...]
     paths: tuple[Glob, ...]
@@ -67,7 +69,7 @@ class RequestRule:
 
     def touches(self, facts: RequestFacts, *, inside: bool = False) -> bool:
         """Whether this rule's restriction could concern the request; `inside`: a connection in a port-forward."""
-        if facts.verb not in self.verbs and not self.every_verb:
+        if facts.verb not in self.restricts and not self.every_verb:
             return False
         if not facts.resource:
             return any(glob.matches(facts.path) for glob in self.paths)

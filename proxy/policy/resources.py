@@ -6,7 +6,8 @@ are asked of a pattern, and they err in opposite directions:
 
 - `covers`: may this rule *grant* the request? `*` and `pods` are no subresource; a star in the place of the subresource
   covers none of those in `GUARDED`, and a star for the verb no `impersonate`: those do more than what they stand under.
-- `touches`: could this rule's *restriction* concern it? `*` is every resource with every subresource.
+- `touches`: could this rule's *restriction* concern it? `*` is every resource with every subresource, and a verb also
+  those that come to the same (`ALSO`).
 """
 
 from __future__ import annotations
@@ -25,6 +26,15 @@ METHODS = frozenset({"get", "head", "options", "post", "put", "patch", "delete"}
 """Verbs of requests for other paths: HTTP's methods."""
 GROUPS = {"read": READ, "write": WRITE, "*": VERBS - {IMPERSONATE}}
 PATH_GROUPS = {"read": frozenset({"get", "head", "options"}), "*": METHODS}
+
+ALSO = {
+    "get": frozenset({"list", "watch"}),
+    "list": frozenset({"watch"}),
+    "update": frozenset({"patch"}),
+    "patch": frozenset({"update"}),
+    "delete": frozenset({"deletecollection"}),
+}
+"""Verbs that do what another one does, to more objects or by another way: who may not get may not list."""
 
 CONNECTING = frozenset({"exec", "attach", "portforward", "proxy"})
 """Subresources whose verb is `create`, whatever the HTTP method."""

@@ -217,6 +217,28 @@ def test_a_restriction_on_names_and_namespaces_touches_what_could_be_meant(judge
         assert decided(placed, text) == ALLOW
 
 
+@pytest.mark.parametrize(
+    ("verb", "also", "apart"),
+    [
+        ("get", ["list", "watch"], ["create", "delete"]),
+        ("list", ["watch"], ["get", "create"]),
+        ("watch", [], ["get", "list"]),
+        ("delete", ["deletecollection"], ["update"]),
+        ("update", ["patch"], ["create"]),
+        ("patch", ["update"], ["create"]),
+    ],
+)
+def test_a_restriction_touches_verbs_that_come_to_the_same_and_a_grant_does_not(
+    judge: Bench, verb: str, also: list[str], apart: list[str]
+) -> None:
+    denied = judge(ANY, rule("d", "deny", verb, "pods"))
+    assert [decided(denied, f"{each} pods in shop") for each in (verb, *also)] == [DENY] * (1 + len(also))
+    assert [decided(denied, f"{each} pods in shop") for each in apart] == [ALLOW] * len(apart)
+    granted = judge(rule("a", "allow", verb, "pods"))
+    assert decided(granted, f"{verb} pods in shop") == ALLOW
+    assert [decided(granted, f"{each} pods in shop") for each in also] == [DENY] * len(also)
+
+
 def test_paths_are_for_what_is_no_resource(judge: Bench) -> None:
     bound = judge(rule("r", "allow", "get", paths=["/metrics*", "/logs/*"]))
     assert decided(bound, "get /metrics") == ALLOW
