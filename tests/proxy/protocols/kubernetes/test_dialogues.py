@@ -16,6 +16,7 @@ import socket
 import ssl
 import struct
 import subprocess
+import sys
 import termios
 import threading
 import time
@@ -30,6 +31,7 @@ from proxy.protocols.base import PeerViolation, Side
 from proxy.protocols.kubernetes.commands import told
 from proxy.protocols.kubernetes.requests import Head, classify
 from proxy.protocols.kubernetes.streams import Unspoken, offered, open_tunnel
+from tests.lab import kubernetes as lab
 from tests.lab.kubernetes import (
     Kubectl,
     KubernetesServer,
@@ -493,3 +495,85 @@ def test_a_port_where_nobody_listens_is_an_error_of_the_connection(cluster: Clus
         forwarding.wait_for("refused")
     completed = cluster.gate.last("portforward").session.completed
     assert "refused" in completed[0].error
+
+
+FORWARD_WITH_PYTHON = """
+import sys
+from kubernetes import client, config
+from kubernetes.stream import portforward
+
+kubeconfig, *ports = sys.argv[1:]
+with config.new_client_from_config(kubeconfig) as api:
+    call = client.CoreV1Api(api).connect_get_namespaced_pod_portforward
+    forwarding = portforward(call, "shell", "default", ports=",".join(ports))
+    for port in map(int, ports):
+        local = forwarding.socket(port)
+        local.settimeout(20)
+        received = b""
+        try:
+            local.sendall(b"abc" * 1000)
+            while len(received) < 3000 and (more := local.recv(65536)):
+                received += more
+        except OSError:
+            pass
+        print(port, len(received), received[:3].decode(), forwarding.error(port))
+        local.close()
+"""
+
+
+def test_a_forward_over_channels_is_judged_port_by_port(cluster: Cluster) -> None:
+    """The Python client's port-forward: ports in the query, two channels of a WebSocket connection for each."""
+    with echoing() as port, echoing() as other:
+        cluster.gate.denied.add(other)
+        done = subprocess.run(
+            [sys.executable, "-I", "-c", FORWARD_WITH_PYTHON, str(cluster.kubeconfig), str(port), str(other)],
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+        )
+    assert done.returncode == 0, (done, cluster.gate.violations)
+    assert f"{port} 3000 ABC None" in done.stdout
+    assert f"{other} 0  denied for agent (ask the owners)" in done.stdout
+    seen = cluster.gate.last("portforward")
+    assert seen.protocol == "websocket v4.channel.k8s.io"
+    assert [completed.tag for completed in seen.session.completed] == ["3000 bytes sent, 3000 received", "1 connection"]
+
+
+@pytest.mark.parametrize("library", ["kubernetes", "kr8s"])
+def test_pythons_libraries_execute(cluster: Cluster, library: str) -> None:
+    program = Path(lab.__file__).parent / "pyclient.py"
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-I",
+            str(program),
+            library,
+            str(cluster.kubeconfig),
+            "exec",
+            "shell",
+            "sh",
+            "-c",
+            "id; exit 5",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert done.returncode == 5, (done, cluster.gate.violations)
+    session = cluster.gate.last("exec").session
+    assert session.seen("stdout").decode() == done.stdout
+    assert "uid=" in done.stdout
+    assert session.completed[0].tag == "exit 5"
+
+
+def test_client_go_executes(cluster: Cluster) -> None:
+    goclient = [str(cluster.server.programs.goclient), "-kubeconfig", str(cluster.kubeconfig)]
+    done = subprocess.run(
+        [*goclient, "exec", "shell", "sh", "-c", "cat; exit 4"],
+        input="hello",
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+    )
+    assert (done.returncode, done.stdout) == (4, "hello"), (done, cluster.gate.violations)
+    assert cluster.gate.last("exec").session.seen("stdout") == b"hello"
