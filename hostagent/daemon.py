@@ -91,7 +91,7 @@ class Daemon:
         account(settings.worker_user)
         for directory in (settings.state_dir, settings.run_dir):
             _make(directory)
-        listener = _listening_socket(settings.listen_port)
+        self._listener = _listening_socket(settings.listen_port)
         control = ControlServer(settings.control_socket, self)
         control.claim()
         muster = socket.create_server(("127.0.0.1", 0))
@@ -99,7 +99,6 @@ class Daemon:
         self._kernel_settings = _kernel_settings(settings)
         self.workers = Workers(
             settings,
-            listener=listener,
             muster=muster,
             cgroup=self._kernel_settings.worker_cgroup,
             on_start=self._worker_started,
@@ -326,7 +325,7 @@ class Daemon:
             return
         worker.node = taken.node
         self.pins.exempt(taken.node)
-        worker.channel.send(ports.Begin(id=message.id))
+        worker.channel.send(ports.Begin(id=message.id), [self._listener.fileno()])
         worker.serving = True
         self._serving.set()
 

@@ -72,7 +72,6 @@ class Workers:
         self,
         settings: Settings,
         *,
-        listener: socket.socket,
         muster: socket.socket,
         cgroup: Path,
         on_start: Callable[[WorkerProcess], None],
@@ -82,7 +81,6 @@ class Workers:
         self.settings = settings
         self.running: dict[int, WorkerProcess] = {}
         self.deaths = 0
-        self._listener = listener
         self._muster_port = muster.getsockname()[1]
         self._cgroup = cgroup
         self._count = settings.workers or len(os.sched_getaffinity(0))
@@ -187,7 +185,6 @@ class Workers:
                     "proxy.gateway.worker",
                     f"--parent={os.getpid()}",
                     f"--channel={theirs.fileno()}",
-                    f"--listener={self._listener.fileno()}",
                     f"--muster={self._muster_port}",
                     f"--uid={self._uid}",
                     f"--gid={self._gid}",
@@ -195,7 +192,7 @@ class Workers:
                     f"--log-level={self.settings.log_level}",
                 ],
                 stdin=subprocess.DEVNULL,
-                pass_fds=(theirs.fileno(), self._listener.fileno()),
+                pass_fds=(theirs.fileno(),),
                 env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},
                 cwd="/",
             )

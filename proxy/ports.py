@@ -236,7 +236,9 @@ class VisitTarget(msgspec.Struct, frozen=True, tag=True, tag_field="is", kw_only
 
 
 class Begin(Reply, frozen=True, kw_only=True):
-    """The worker's own connections are exempt from the redirect from now on: accept."""
+    """The worker's own connections are exempt from the redirect from now on: accept. Comes with the descriptor of the
+    listening socket that all workers share: a worker that has not got that far holds nobody's port when it is left
+    behind."""
 
 
 ToWorker = (

@@ -37,9 +37,9 @@ class HostLink(ports.Attributor, ports.Broker, ports.Approver, ports.Cancels):
         self._on_lost = on_closed
         self._channel: Channel[ports.ToWorker] = Channel(sock, decoder(ports.ToWorker), self._received, self._closed)
 
-    async def muster(self, source: Endpoint) -> None:
-        """Waits until the worker's own connections are exempt from the redirect."""
-        _answer(await self._ask(ports.Mustered(id=next(self._ids), source=source)), ports.Begin)
+    async def muster(self, source: Endpoint) -> int:
+        """Waits until the worker's own connections are exempt from the redirect; gives the shared listening socket."""
+        return _with_descriptor(await self._ask(ports.Mustered(id=next(self._ids), source=source)), ports.Begin)[1]
 
     async def attribute(self, peer: Endpoint, dialled: Endpoint) -> tuple[ports.Attributed, int]:
         received = await self._ask(ports.Attribute(id=next(self._ids), peer=peer, dialled=dialled))

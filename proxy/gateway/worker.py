@@ -1,9 +1,9 @@
 """A proxy worker: one unprivileged process on one core, with an event loop, the shared listener and the policy.
 
-Started by the host agent as `python -m proxy.gateway.worker` in the worker's cgroup, with two inherited sockets. It
+Started by the host agent as `python -m proxy.gateway.worker` in the worker's cgroup, with one inherited socket. It
 becomes the worker's user, for good, before it reads a byte from anywhere. It waits for its first policy, which comes
 when the kernel side is in place. Then it connects once to the muster address, so that the kernel side learns which
-process image it is and exempts it, and accepts. It ends when the host agent does.
+process image it is and exempts it, gets the listener for it, and accepts. It ends when the host agent does.
 """
 
 from __future__ import annotations
@@ -161,13 +161,15 @@ class Worker:
         self.stopping.set()
 
 
-async def _muster(worker: Worker, port: int) -> None:
-    """The connection stays open until the host agent has answered: its record is what tells the process image."""
+async def _muster(worker: Worker, port: int) -> int:
+    """The connection stays open until the host agent has answered: its record is what tells the process image. Gives
+    the listening socket."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     source = writer.get_extra_info("sockname")
-    await worker.link.muster(Endpoint(source[0], source[1]))
+    listening = await worker.link.muster(Endpoint(source[0], source[1]))
     writer.close()
     del reader
+    return listening
 
 
 def _content(descriptors: list[int]) -> bytes:
@@ -189,12 +191,12 @@ async def _serve(options: argparse.Namespace) -> None:
         try:
             async with asyncio.timeout(POLICY_TIMEOUT_S):
                 await worker.policy_loaded.wait()
-            await _muster(worker, options.muster)
+            listening = await _muster(worker, options.muster)
         except (ports.Unavailable, OSError) as error:
             log.error("worker not started", why=str(error) or "no policy came")
             os._exit(1)
         accepting = listener.Listener(
-            socket.socket(fileno=options.listener), lambda connection: Session(worker).accepted(connection)
+            socket.socket(fileno=listening), lambda connection: Session(worker).accepted(connection)
         )
         await worker.stopping.wait()
         accepting.close()
@@ -239,7 +241,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="hopgate proxy worker; started by the host agent")
     parser.add_argument("--parent", type=int, required=True, help="process id of the host agent")
     parser.add_argument("--channel", type=int, required=True, help="descriptor of the channel to the host agent")
-    parser.add_argument("--listener", type=int, required=True, help="descriptor of the shared listening socket")
     parser.add_argument("--muster", type=int, required=True, help="TCP port on loopback to muster at")
     parser.add_argument("--uid", type=int, required=True, help="user id to run as, not 0")
     parser.add_argument("--gid", type=int, required=True, help="group id to run as")

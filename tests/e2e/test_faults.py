@@ -15,6 +15,7 @@ import resource
 import select
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -26,6 +27,7 @@ import pytest
 from tests.e2e import beds
 from tests.e2e.beds import DATABASE, JOB, Bed, target, wait_until
 from tests.lab.cgroups import inside
+from tests.lab.hopgate import GatewayError
 
 VERIFIED = "{mode: verify-full, ca: ../ca.pem}"
 SPACE_BYTES = 24 * 1024 * 1024
@@ -540,6 +542,33 @@ def test_while_the_daemon_is_dead_connects_are_refused_and_its_restart_doubles_n
     assert "the host agent died" in str(row()["reason"])
     assert not [text for text in world.served_statements() if "while dead" in text]
     assert world.gateway.cli("audit", "verify").returncode == 0
+
+
+def test_a_worker_that_a_killed_daemon_left_behind_holds_nothing(world: World) -> None:
+    """It has not yet got to where it asks to die with the daemon: here it is kept from it."""
+    world.gateway.stop()
+
+    def start() -> None:
+        with contextlib.suppress(GatewayError):
+            world.gateway.start()
+
+    starting = threading.Thread(target=start)
+    starting.start()
+    while not (left := world.workers()):
+        time.sleep(0.002)
+    for worker in left:
+        os.kill(worker, signal.SIGSTOP)
+    try:
+        world.gateway.kill()
+        starting.join()
+        assert set(left) <= set(world.workers()), "they were not left behind"
+        world.gateway.start()
+        assert world.psql("SELECT 'alive'", tls="require").stdout == "alive\n"
+    finally:
+        for worker in left:
+            os.kill(worker, signal.SIGCONT)
+    wait_until(lambda: not set(left) & set(world.workers()), "they ended")
+    assert world.psql("SELECT 'still alive'", tls="require").stdout == "still alive\n"
 
 
 def test_a_second_daemon_touches_nothing(world: World) -> None:
