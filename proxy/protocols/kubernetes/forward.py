@@ -11,7 +11,8 @@ its end the bytes that went each way, or the server's error.
 connection (2i data, 2i+1 error), on which the server first sends the port; there the server dials before it hears of
 our ruling on the connection, so the request's own ruling is what protects the port, and ours keeps the bytes apart.
 
-Blind spot: the bytes inside a connection are not looked into.
+Blind spots: the bytes inside a connection are not looked into; kubectl itself ends its whole port-forward when any
+connection's error channel says something, be it our denial or the server's `connection refused`.
 """
 
 from __future__ import annotations
