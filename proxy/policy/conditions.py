@@ -1,8 +1,7 @@
 """Conditions on the body of a request (`where` in a rule), decided safely in both directions.
 
 - `surely`: do they hold, certainly? Asked for a grant. Of an object every value at the path has to fit, and there has
-  to be one unless absence fits too; of a patch everything that it puts there has to fit. Server-side apply may make the
-  object, so that its body has to fit as a whole one.
+  to be one unless absence fits too; of a patch everything that it puts there has to fit.
 - `could`: might they hold? Asked for a restriction. One value that fits is enough, and so is what cannot be told.
 """
 
@@ -37,10 +36,8 @@ class Condition:
     def surely(self, body: object, patch: str) -> bool:
         if body is None:
             return False
-        found = list(self._places(body, "" if patch == "apply" else patch))
-        return all(self._fits(place) is True for place in found) and (
-            bool(found) or self.absent or patch not in ("", "apply")
-        )
+        found = list(self._places(body, patch))
+        return all(self._fits(place) is True for place in found) and (bool(found) or self.absent or bool(patch))
 
     def could(self, body: object, patch: str) -> Could:
         if body is None:
