@@ -95,6 +95,14 @@ class Wire:
         self._in.write(data)
         return self.decrypted() or self.receive()
 
+    def poll(self) -> bytes | None:
+        """What one read brings; None when that was nothing but TLS's own, and empty bytes at the end."""
+        data = self.sock.recv(65536)
+        if self.tls is None or not data:
+            return data
+        self._in.write(data)
+        return self.decrypted() or None
+
     def decrypted(self) -> bytes:
         """What has come and was not read: also what came together with the handshake's last bytes."""
         if self.tls is None:
