@@ -212,6 +212,42 @@ static int fast_open_connect(void)
 	return dial(fd);
 }
 
+/* Sends the start-up message byte by byte, each in a segment of its own. */
+static int trickle(void)
+{
+	char message[512];
+	size_t size = startup(message);
+	int fd = tcp(0), on = 1;
+
+	setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
+	if (connect(fd, (void *)&dest, dest_size))
+		return failed("connect");
+	for (size_t sent = 0; sent < size; sent++) {
+		if (send(fd, message + sent, 1, MSG_NOSIGNAL) != 1)
+			return failed("send");
+		usleep(2000);
+	}
+	return speak_after(fd, size);
+}
+
+/* Begins a login again and again. */
+static int many(void)
+{
+	char message[512];
+	size_t size = startup(message);
+	struct linger now = {.l_onoff = 1};
+
+	for (long one = atol(rest[0]); one > 0; one--) {
+		int fd = tcp(0);
+
+		setsockopt(fd, SOL_SOCKET, SO_LINGER, &now, sizeof(now));
+		if (connect(fd, (void *)&dest, dest_size) || send(fd, message, size, MSG_NOSIGNAL) < 0)
+			return failed("connect");
+		close(fd);
+	}
+	return say("flooded");
+}
+
 /* --- io_uring ----------------------------------------------------------------------------------------------------- */
 
 static int ring_connect(int fd, unsigned setup, unsigned flags)
@@ -899,6 +935,7 @@ static const struct {
 	WAY(raw_fragments), WAY(packet), WAY(http_connect), WAY(source_route), WAY(early), WAY(launch), WAY(udp), WAY(vsock), WAY(local), WAY(declare), WAY(give), WAY(take), WAY(keep), WAY(rob),
 	WAY(fork_between), WAY(clone_parent), WAY(orphan), WAY(run_as), WAY(from_memory), WAY(named), WAY(deep),
 	WAY(sleeper), WAY(new_namespace), WAY(flood), WAY(squat),
+	WAY(trickle), WAY(many),
 #ifdef __x86_64__
 	WAY(traced),
 #endif

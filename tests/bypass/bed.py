@@ -6,13 +6,15 @@
 The database takes user `intruder` from anywhere and without a password, so whatever gets to it gets in; the gateway's
 own role needs one that only the gateway has. Witnesses:
 
-    a packet socket on the database's end of the wire   every SYN, datagram and fragment that arrives
+    a packet socket on the database's end of the wire   every SYN, datagram and fragment that arrives; at the ports
+                                                        where agents are intercepted, what holds more than the
+                                                        beginning of a login: there connections are made
     PostgreSQL's log                                    which user logged in from which source port, and every statement
     the gateway's index, recordings and log             what came to the proxy, and what was said about it
 
 What arrived is the proxy's own only if its source port logged in as the gateway's role. Agents of the policy: `attack`,
 which may do nothing; `dba`, which may read, as user DBA only; `clerk` and `guest`, which may read, told by an argument
-and by a declaration. `tool` is the same program and no agent.
+and by a declaration; `spy`, which may do nothing and is intercepted. `tool` is the same program and no agent.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -54,11 +56,18 @@ FREE_PORT, PROTECTED_PORT = 6000, 6001
 """Other ports of the database: one that the policy says nothing about, and one that it protects."""
 ROLE = "shop_app"
 ATTACKER, DBA = 61001, 61002
-AUDIT_BYTES = 24 * 1024 * 1024
+HIDDEN_PORTS = range(6010, 6030)
+"""Ports of the database that the policy does not name either; one for each attack, since the same alert again is only
+counted."""
+SINK_PORT = 6030
+"""Takes connections, and reads nothing."""
+AUDIT_BYTES = 64 * 1024 * 1024
 
-_PROGRAMS = ("attack", "tool", "dba", "clerk")
+_PROGRAMS = ("attack", "tool", "dba", "clerk", "spy")
 _PACKET_OUTGOING = 4
 _SYN, _ACK = 0x02, 0x10
+_BEGINNING = 8
+"""Bytes of a login that say nothing yet."""
 _SETTLE_S = 0.06
 _CLOSED_TIMEOUT_S = 5.0
 
@@ -71,6 +80,7 @@ agents:
   dba: {{exe: {dba}, uid: {dba_uid}}}
   clerk: {{exe: {clerk}, argv: "*clerks-work*"}}
   guest: {{declared_by: "uid:{attacker_uid}"}}
+  spy: {{exe: {spy}, intercept: all}}
 targets:
   shop:
     protocol: postgresql
@@ -161,7 +171,8 @@ class Witness:
                 continue
             if address[2] != _PACKET_OUTGOING:
                 arrival = _arrival(address[1], data)
-                if arrival is not None:
+                # forwarders go on from here by the loopback
+                if arrival is not None and not arrival.dest.startswith("127."):
                     self._arrivals.append(arrival)
 
 
@@ -181,15 +192,20 @@ def _arrival(protocol: int, data: bytes) -> Arrival | None:
         return Arrival(
             "datagram", source, *struct.unpack_from("!H", data, start), dest, *struct.unpack_from("!H", data, start + 2)
         )
-    if kind == socket.IPPROTO_TCP and len(data) >= start + 20 and data[start + 13] & (_SYN | _ACK) == _SYN:
-        return Arrival(
-            "SYN", source, *struct.unpack_from("!H", data, start), dest, *struct.unpack_from("!H", data, start + 2)
-        )
+    if kind != socket.IPPROTO_TCP or len(data) < start + 20:
+        return None
+    source_port, port = struct.unpack_from("!HH", data, start)
+    if port in HIDDEN_PORTS or port == SINK_PORT:
+        size = struct.unpack_from("!H", data, 2)[0] if protocol == 0x0800 else 40 + struct.unpack_from("!H", data, 4)[0]
+        more = size - start - (data[start + 12] >> 4) * 4 > _BEGINNING
+        return Arrival("data", source, source_port, dest, port) if more else None
+    if data[start + 13] & (_SYN | _ACK) == _SYN:
+        return Arrival("SYN", source, source_port, dest, port)
     return None
 
 
 class Bed:
-    """`attack`, `tool` and `dba` are paths of the program; `work` is the attacker's own directory."""
+    """`attack`, `tool`, `dba`, … are paths of the program; `work` is the attacker's own directory."""
 
     def __init__(self, server: PostgresServer, running: Gateway, directory: Path, runner: str, database: str) -> None:
         self._early: dict[str, subprocess.Popen[str]] = {}
@@ -199,7 +215,7 @@ class Bed:
         self.runner = runner
         self.database = database
         self.work = directory / "work"
-        self.attack, self.tool, self.dba, self.clerk = (directory / "bin" / name for name in _PROGRAMS)
+        self.attack, self.tool, self.dba, self.clerk, self.spy = (directory / "bin" / name for name in _PROGRAMS)
         self.token = ""
         self.escaped = Seen()
         """Of an attack from a namespace with an uplink, at the beginning: what is said of it takes half a minute."""
@@ -418,7 +434,14 @@ def opened_bed() -> Iterator[Bed]:
         )
         server.set_auth(f"host all {ROLE} all scram-sha-256\nhost all all all trust")
         for port in (FREE_PORT, PROTECTED_PORT):
-            stack.enter_context(_forwarder(database, port, DATABASE[0], PORT))
+            stack.enter_context(_forwarder(database, port, "127.0.0.1", PORT))
+        for iptables in ("iptables", "ip6tables"):
+            hidden = f"{HIDDEN_PORTS.start}:{HIDDEN_PORTS.stop - 1}"
+            redirect = ["PREROUTING", "-p", "tcp", "--dport", hidden, "-j", "REDIRECT", "--to-ports", str(FREE_PORT)]
+            subprocess.run(
+                ["nsenter", f"--net=/run/netns/{database}", iptables, "-t", "nat", "-A", *redirect], check=True
+            )
+        stack.enter_context(_sink(database))
         hooked = stack.enter_context(cgroup("bypass"))
         running = stack.enter_context(gateway(directory / "gateway", namespace=runner, cgroup=hooked))
         stack.enter_context(_small_disk(running.state_dir))
@@ -427,6 +450,7 @@ def opened_bed() -> Iterator[Bed]:
                 attack=directory / "bin" / "attack",
                 dba=directory / "bin" / "dba",
                 clerk=directory / "bin" / "clerk",
+                spy=directory / "bin" / "spy",
                 dba_uid=DBA,
                 attacker_uid=ATTACKER,
                 four=DATABASE[0],
@@ -480,6 +504,26 @@ def _forwarder(netns: str, port: int, address: str, to: int) -> Iterator[None]:
     finally:
         process.kill()
         process.wait()
+
+
+@contextmanager
+def _sink(netns: str) -> Iterator[None]:
+    with entered(netns):
+        listener = socket.create_server(("::", SINK_PORT), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024)
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                listener.accept()[0].close()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join()
 
 
 @contextmanager

@@ -27,10 +27,12 @@ from tests.bypass.bed import (
     DATABASE,
     DBA,
     FREE_PORT,
+    HIDDEN_PORTS,
     LESS,
     PORT,
     PROTECTED_PORT,
     RUNNER,
+    SINK_PORT,
     SOURCE,
     UNLISTED,
     UPLINK,
@@ -203,7 +205,7 @@ way(
     REACHED,
     "plain",
     port=FREE_PORT,
-    because="ports that the policy does not name are not looked at: name them under `protect`",
+    because="of an agent without `intercept: all` they are not looked at: say so, or name ports under `protect`",
 )
 
 
@@ -230,6 +232,42 @@ def _(bed: Bed) -> Seen:
 def _(bed: Bed) -> Seen:
     attack(bed, "user", "source_port", 42_002, program="dba", uid=DBA)
     return attack(bed, "user", "source_port", 42_002)
+
+
+# --- databases that are no target: `spy` is intercepted ---------------------------------------------------------------
+
+INTERCEPTED = "denied and recorded (spy), alerted"
+_ports = iter(HIDDEN_PORTS)
+
+
+def hidden(name: str, way_: str, *arguments: object, because: str = "", **options: Any) -> None:
+    name = f"hidden database, {name}"
+    way(name, "user", INTERCEPTED, way_, *arguments, because=because, program="spy", port=next(_ports), **options)
+
+
+hidden("IPv4", "plain")
+hidden("IPv6", "plain", address=DATABASE[1])
+hidden("IPv4 mapped into IPv6", "plain", address=f"::ffff:{DATABASE[0]}")
+hidden("TCP fast open: sendto", "fast_open_sendto")
+hidden("TCP fast open: connect option", "fast_open_connect")
+hidden("io_uring connect: SQPOLL", "uring_sqpoll")
+hidden("MPTCP", "mptcp")
+hidden("a byte in each segment", "trickle")
+hidden("socket made by the parent", "fork_between")
+hidden("re-parented", "orphan")
+
+
+@case(
+    "hidden database, net namespace with an uplink of its own",
+    "user",
+    INTERCEPTED,
+    "the programs are the cgroup's: rules are not needed",
+)
+def _(bed: Bed) -> Seen:
+    with uplink(bed.database) as netns:
+        bed.begin()
+        attacker = command(bed, "user", "plain", program="spy", address=UPLINK[1], port=HIDDEN_PORTS[-1])
+        return bed.end(bed.run(attacker, netns=netns))
 
 
 # --- below the socket -------------------------------------------------------------------------------------------------
@@ -758,6 +796,22 @@ def less(capabilities: str) -> list[str]:
     return ["setpriv", f"--bounding-set={','.join(f'-{name}' for name in capabilities.split(','))}"]
 
 
+@case(
+    "flooding the ring buffer", "user", INTERCEPTED, "what finds no room is dropped all the same; the loss is alerted"
+)
+def _(bed: Bed) -> Seen:
+    bed.begin()
+    said = bed.run(command(bed, "user", "many", 12_000, program="spy", port=SINK_PORT))
+    until(lambda: any("had more to tell than there was room for" in line for line in bed.alerts()), "the alert", 15)
+    seen = bed.end(said)
+    latest: set[str] = set()
+    # what is still in the ring is of this attack
+    while (rows := {row.id for row in bed.end([]).sessions}) != latest:
+        latest = rows
+        time.sleep(0.5)
+    return seen
+
+
 # Last: it takes half a minute until the table has room again.
 @case(
     "filling the table of records",
@@ -773,9 +827,10 @@ def _(bed: Bed) -> Seen:
 
 
 NOT_RUN = {
-    "flooding the ring buffer": "there is none: programs and host agent share hash maps",
     "filling the tables of processes and images": "takes 65,536 processes or 98,304 live images: "
     "`tests/kernel` does it with small tables; who finds no room is denied",
+    "a socket without room for what the kernel keeps of an intercepted agent": "`tests/kernel` does it with a small "
+    "net.core.optmem_max; such a connection is closed for data",
     "SCTP, DCCP": "this kernel has neither, and PostgreSQL speaks neither",
     "vsock to a database": "needs a hypervisor with a database; AF_VSOCK is not IP and not looked at",
     "ptrace_scope": "this kernel has no Yama; where it is 1, the rows of the agent's own user are closed for ptrace",
