@@ -41,7 +41,7 @@ PACKAGES = {
 }
 JOBS = 2
 """Compilers at a time: each takes up to a gigabyte."""
-UNUSED_S = 7 * 24 * 3600
+UNUSED_S = 24 * 3600
 """After this long an older build that nobody used is removed."""
 
 
@@ -92,19 +92,27 @@ def cache_directory() -> Path:
 @functools.cache
 def binaries() -> Binaries:
     """Builds what is absent. Raises `GoMissing`, or `LabError` with what the compiler said."""
-    cache = cache_directory()
-    text = (SOURCES / "go.mod").read_text()
-    version = _required(text, "k8s.io/kubernetes")
-    go = _find_go(text)
-    made = Binaries(cache / _key(go), version)
-    if not _complete(made):
-        cache.mkdir(parents=True, exist_ok=True)
-        with _only_builder(cache):
-            if not _complete(made):
+    go, made = _plan()
+    if not made.directory.is_dir():
+        cache_directory().mkdir(parents=True, exist_ok=True)
+        with _only_builder():
+            if not made.directory.is_dir():
                 _build(go, made)
-                _remove_unused(cache)
+                _remove_unused()
     os.utime(made.directory)
     return made
+
+
+def are_built() -> bool:
+    """Whether `binaries` has nothing to build. Raises `GoMissing`."""
+    return _plan()[1].directory.is_dir()
+
+
+def _plan() -> tuple[str, Binaries]:
+    """The Go to build with, and what comes of it."""
+    text = (SOURCES / "go.mod").read_text()
+    go = _find_go(text)
+    return go, Binaries(cache_directory() / _key(go), _required(text, "k8s.io/kubernetes"))
 
 
 def _required(go_mod: str, module: str) -> str:
@@ -144,13 +152,9 @@ def _key(go: str) -> str:
     return digest.hexdigest()[:16]
 
 
-def _complete(made: Binaries) -> bool:
-    return made.directory.is_dir()
-
-
 @contextlib.contextmanager
-def _only_builder(cache: Path) -> Iterator[None]:
-    with (cache / "lock").open("w") as lock:
+def _only_builder() -> Iterator[None]:
+    with (cache_directory() / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
@@ -190,8 +194,8 @@ def _tell(line: str) -> None:
     print(f"kubernetes: {line}", file=sys.stderr, flush=True)
 
 
-def _remove_unused(cache: Path) -> None:
-    for path in cache.iterdir():
+def _remove_unused() -> None:
+    for path in cache_directory().iterdir():
         ours = re.fullmatch(r"[0-9a-f]{16}|unfinished-.*", path.name)
         if ours and path.stat().st_mtime < time.time() - UNUSED_S:
             shutil.rmtree(path, ignore_errors=True)

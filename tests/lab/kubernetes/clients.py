@@ -76,30 +76,34 @@ def oldest_kubectl() -> Kubectl:
     return oldest if oldest.speaks_spdy else forced
 
 
-def unpack_debian_kubectl() -> Path | None:
-    """Puts Debian's kubectl into the cache without installing its package, which other kubectl packages shut out.
-    None where there is no such package, or no list of packages: then the others have to do."""
-    if shutil.which("apt-get") is None:
+def debian_kubectl() -> tuple[str, Path] | None:
+    """The version of Debian's package, and where its kubectl lies once it is unpacked. None where there is no such
+    package, or no list of packages: then the others have to do."""
+    if shutil.which("apt-cache") is None:
         return None
     policy = subprocess.run(["apt-cache", "policy", "kubernetes-client"], capture_output=True, text=True).stdout
     candidate = re.search(r"Candidate: (\d\S*)", policy)
     if candidate is None:
         return None
-    directory = cache_directory() / f"debian-{re.sub(r'[^0-9A-Za-z.]', '-', candidate[1])}"
-    kubectl = directory / "kubectl"
-    if kubectl.exists():
-        return kubectl
-    cache_directory().mkdir(parents=True, exist_ok=True)
+    directory = f"debian-{re.sub(r'[^0-9A-Za-z.]', '-', candidate[1])}"
+    return candidate[1], cache_directory() / directory / "kubectl"
+
+
+def unpack_debian_kubectl() -> None:
+    """Puts Debian's kubectl into the cache without installing its package, which other kubectl packages shut out.
+    Raises `subprocess.CalledProcessError`."""
+    wanted = debian_kubectl()
+    if wanted is None or wanted[1].exists():
+        return
+    version, kubectl = wanted
+    kubectl.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="unfinished-", dir=cache_directory()) as scratch:
         for command in (
-            ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", f"kubernetes-client={candidate[1]}"],
+            ["apt-get", "-q", "-o", "APT::Sandbox::User=root", "download", f"kubernetes-client={version}"],
             ["sh", "-c", "dpkg-deb -x kubernetes-client_*.deb package"],
         ):
-            if subprocess.run(command, cwd=scratch, stdin=subprocess.DEVNULL).returncode:
-                return None
-        directory.mkdir(exist_ok=True)
+            subprocess.run(command, cwd=scratch, stdin=subprocess.DEVNULL, check=True)
         os.replace(Path(scratch, "package/usr/bin/kubectl"), kubectl)
-    return kubectl
 
 
 def _ask_version(path: Path) -> tuple[int, int] | None:
