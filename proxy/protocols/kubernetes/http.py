@@ -1,8 +1,9 @@
 """HTTP/1.1 between hostile peers (RFC 9110, RFC 9112): heads through h11, bodies through strict framing of our own.
 
-A head is collected here up to its blank line, looked at for what two readers could read differently, and given to an
-h11 connection of its own; what is sent on is written anew by h11, never the peer's bytes. Bodies are taken apart and
-framed anew as they come, piece by piece, with nothing kept but the place inside a chunk.
+A head is collected here up to its blank line, looked at for what two readers could read differently, and read by an
+h11 connection of its own; what is sent on is written anew from what h11 read, never the peer's bytes, and held against
+the same rules once more. Bodies are taken apart and framed anew as they come, piece by piece, with nothing kept but the
+place inside a chunk.
 
 Stricter than the RFC asks, since every client and server of Kubernetes writes plainly: line ends are CR LF, no control
 characters, no folded lines, one Content-Length of digits and never beside Transfer-Encoding, the only transfer coding
@@ -63,6 +64,10 @@ _SERVERS_OWN = frozenset({"alt-svc", "authentication-info", "set-cookie", "www-a
 
 Headers = list[tuple[bytes, bytes]]
 
+_ASKED = {method: h11.Request(method=method, target="/", headers=[("Host", "x")]) for method in METHODS}
+_UPGRADING = h11.Request(method="GET", target="/", headers=[("Host", "x"), ("Connection", "upgrade"), ("Upgrade", "x")])
+"""What h11 has to know of a request to read its answers."""
+
 
 class Malformed(Exception):
     """A head or body that is not understood. `status` is what a client is told."""
@@ -119,10 +124,9 @@ def _name(wrong: bytes) -> str:
 # --- requests ---------------------------------------------------------------------------------------------------------
 
 
-def read_request(raw: bytes) -> tuple[Head, Framing, h11.Connection]:
-    """A client's head, how its body is framed, and what its answer is written with. Raises `Malformed`."""
-    connection = h11.Connection(h11.SERVER, MAX_HEAD)
-    request = _read(connection, raw)
+def read_request(raw: bytes) -> tuple[Head, Framing]:
+    """A client's head, and how its body is framed. Raises `Malformed`."""
+    request = _read(h11.Connection(h11.SERVER, MAX_HEAD), raw)
     assert isinstance(request, h11.Request)
     head = Head(
         method=request.method.decode("latin-1"),
@@ -144,7 +148,7 @@ def read_request(raw: bytes) -> tuple[Head, Framing, h11.Connection]:
             raise Malformed(f"the `Connection` header names `{option[:64]}`, which would take it away")
     if any(word != "100-continue" for word in _words(head.values("expect"))):
         raise Malformed("the `Expect` header asks for more than `100-continue`", 417)
-    return head, _framing(request.headers, raw) or Length(0), connection
+    return head, _framing(request.headers, raw) or Length(0)
 
 
 def wants_continue(head: Head) -> bool:
@@ -171,14 +175,9 @@ def forwarded(head: Head) -> Headers:
     ]
 
 
-def write_request(method: str, target: str, headers: Headers) -> tuple[bytes, h11.Connection]:
-    """A head for the server, and what its answer is read with. Raises `ValueError` for what no head can hold."""
-    connection = h11.Connection(h11.CLIENT, MAX_HEAD)
-    try:
-        return connection.send(h11.Request(method=method, target=target, headers=headers)), connection
-    except h11.LocalProtocolError:
-        # its text quotes what may be a credential
-        raise ValueError("a request head cannot be written") from None
+def write_request(method: str, target: str, headers: Headers) -> bytes:
+    """A head for the server. Raises `ValueError` for what no head can hold."""
+    return _written(f"{method} {target} HTTP/1.1".encode("latin-1"), headers)
 
 
 # --- answers ----------------------------------------------------------------------------------------------------------
@@ -210,9 +209,16 @@ class Answer:
         return f"{self.status} {self.reason.decode('latin-1')}".rstrip()
 
 
-def read_answer(connection: h11.Connection, raw: bytes, method: str) -> Answer:
-    """The answer, final or interim, to what the connection wrote, as it may go on to the client. Raises `Malformed`."""
-    response = _read(connection, raw)
+def answer_reader(method: str, *, upgrade: bool = False) -> h11.Connection:
+    """What reads the heads that answer one request, the interim ones and the final one."""
+    connection = h11.Connection(h11.CLIENT, MAX_HEAD)
+    connection.send(_UPGRADING if upgrade else _ASKED[method])
+    return connection
+
+
+def read_answer(reader: h11.Connection, raw: bytes, method: str) -> Answer:
+    """An answer, final or interim, as it may go on to the client. Raises `Malformed`."""
+    response = _read(reader, raw)
     assert isinstance(response, h11.Response | h11.InformationalResponse)
     status = response.status_code
     framing: Framing | None = _framing(response.headers, raw)
@@ -234,24 +240,20 @@ def read_answer(connection: h11.Connection, raw: bytes, method: str) -> Answer:
     return Answer(status, bytes(response.reason), headers, framing, last, upgrade)
 
 
-def write_answer(connection: h11.Connection, status: int, reason: bytes, headers: Headers, *, last: bool) -> bytes:
-    """A head for the client; `last` says that the connection ends with it. Raises `Malformed`."""
+def write_answer(status: int, reason: bytes, headers: Headers, *, chunked: bool = False, last: bool = False) -> bytes:
+    """A head for the client; `last` says that the connection ends with it. Raises `ValueError` for what no head can
+    hold."""
+    if chunked:
+        headers = [*headers, (b"Transfer-Encoding", b"chunked")]
     if last:
         headers = [*headers, (b"Connection", b"close")]
-    try:
-        return connection.send(h11.Response(status_code=status, reason=reason, headers=headers))
-    except h11.LocalProtocolError as error:
-        raise Malformed(f"the answer's head cannot be passed on: {error}") from None
+    return _written(b"HTTP/1.1 %d %b" % (status, reason), headers)
 
 
-def write_switch(connection: h11.Connection, headers: Headers) -> bytes:
+def write_switch(headers: Headers, upgrade: bytes) -> bytes:
     """The head that turns the connection into another protocol (RFC 9110, 15.2.2)."""
-    return connection.send(h11.InformationalResponse(status_code=101, reason=b"Switching Protocols", headers=headers))
-
-
-def bare_connection() -> h11.Connection:
-    """What an answer is written with when the request could not be read."""
-    return h11.Connection(h11.SERVER)
+    switched = [(b"Connection", b"Upgrade"), (b"Upgrade", upgrade)]
+    return _written(b"HTTP/1.1 101 Switching Protocols", headers + switched)
 
 
 # --- bodies -----------------------------------------------------------------------------------------------------------
@@ -403,6 +405,14 @@ def _read(connection: h11.Connection, raw: bytes) -> h11.Request | h11.Response 
     if not isinstance(event, h11.Request | h11.Response | h11.InformationalResponse):
         raise Malformed("the head is not understood")
     return event
+
+
+def _written(line: bytes, headers: Headers) -> bytes:
+    raw = b"".join([line, b"\r\n", *[b"%b: %b\r\n" % header for header in headers], b"\r\n"])
+    if raw.count(b"\r\n") != len(headers) + 2 or _UNREADABLE.search(raw):
+        # not quoted: it may hold a credential
+        raise ValueError("a head would be more than what it is to say")
+    return raw
 
 
 def _framing(headers: Iterable[tuple[bytes, bytes]], raw: bytes) -> Length | Chunks | None:

@@ -131,7 +131,9 @@ class Exchange:
     __slots__ = (
         "answer",
         "approved",
+        "begun",
         "body",
+        "chunked",
         "closes",
         "described",
         "facts",
@@ -149,10 +151,9 @@ class Exchange:
         "streamed",
         "transformer",
         "unsent",
-        "writer",
     )
 
-    def __init__(self, id: int, head: Head, request: Request, framing: Framing, writer: h11.Connection) -> None:
+    def __init__(self, id: int, head: Head, request: Request, framing: Framing) -> None:
         self.id = id
         self.method = head.method
         self.head: Head | None = head
@@ -160,8 +161,8 @@ class Exchange:
         self.framing = framing
         self.closes = http.closes(head)
         """Whether the connection ends with the answer."""
-        self.writer: h11.Connection | None = writer
-        """What the answer's head is written with; None once it is sent."""
+        self.begun = False
+        """Whether the answer's head is on its way to the client."""
         self.facts: RequestFacts = request.facts
         self.stage = Stage.BODY
         self.body: bytearray | None = bytearray() if request.body is Body.JUDGED else None
@@ -175,6 +176,8 @@ class Exchange:
         """The warning that says who approved it."""
         self.plan: Plan | None = None
         self.answer: Answer | None = None
+        self.chunked = False
+        """Whether the client gets the answer's body in chunks."""
         self.transformer: Transformer | None = None
         self.unsent = False
         """Whether the answer's head waits until the masks let the first bytes through."""
@@ -334,12 +337,12 @@ class KubernetesMachine:
         exchange = self._exchange
         out: list[Command] = []
         if exchange is not None:
-            if exchange.writer is not None:
-                out.append(self._said(exchange.writer, exchange.method, self._blame, message, hint, last=True))
+            if not exchange.begun:
+                out.append(self._said(exchange.method, self._blame, message, hint, last=True))
             out += self._break_off(message)
         elif self._heads or self._blame not in (502, 503):
             blame = 408 if self._blame == 503 else self._blame
-            out.append(self._said(http.bare_connection(), "", blame, message, hint, last=True))
+            out.append(self._said("", blame, message, hint, last=True))
         return out + self._close(message)
 
     def canceller(self) -> Machine | None:
@@ -439,14 +442,14 @@ class KubernetesMachine:
         return out
 
     def _begin_request(self, raw: bytes) -> list[Command]:
-        head, framing, writer = http.read_request(raw)
+        head, framing = http.read_request(raw)
         if self._refusal is not None:
             status, message, hint = self._refusal
-            said = self._said(writer, head.method, status, message, hint, last=True)
+            said = self._said(head.method, status, message, hint, last=True)
             return [said, *self._end(framing, message)]
         self._ids += 1
         request = classify(head)
-        exchange = Exchange(self._ids, head, request, framing, writer)
+        exchange = Exchange(self._ids, head, request, framing)
         self._exchange = exchange
         if request.unclassified:
             return self._ask(exchange)
@@ -586,9 +589,9 @@ class KubernetesMachine:
         return out
 
     def _put(self, method: str, target: str, headers: http.Headers) -> bytes:
-        raw, self._reader = http.write_request(method, target, headers)
+        self._reader = http.answer_reader(method, upgrade=any(name == b"upgrade" for name, _ in headers))
         self._interim = 0
-        return raw
+        return http.write_request(method, target, headers)
 
     # --- what would come of it ----------------------------------------------------------------------------------------
 
@@ -721,6 +724,9 @@ class KubernetesMachine:
                 except Unmaskable as unmaskable:
                     return self._replace(exchange, unmaskable)
                 answer.headers = [pair for pair in answer.headers if pair[0].lower() != b"content-length"]
+        exchange.chunked = answer.framing is not None and (
+            exchange.transformer is not None or not isinstance(answer.framing, Length)
+        )
         if answer.status >= 400 and not answer.value(b"content-encoding") and "json" in answer.value(b"content-type"):
             exchange.heard = bytearray()
         # a watch may have nothing to tell for hours, and its client wants to know that it stands
@@ -728,16 +734,15 @@ class KubernetesMachine:
         return [] if exchange.unsent else [self._head_of_answer(exchange, answer)]
 
     def _head_of_answer(self, exchange: Exchange, answer: Answer) -> Send:
-        writer = exchange.writer
-        assert writer is not None
         headers = answer.headers
         if exchange.approved:
             headers = [*headers, (b"Warning", exchange.approved)]
         exchange.closes = exchange.closes or self._server_left or not exchange.framing.done
-        raw = http.write_answer(writer, answer.status, answer.reason, headers, last=exchange.closes)
+        raw = http.write_answer(answer.status, answer.reason, headers, chunked=exchange.chunked, last=exchange.closes)
         answer.headers = []
         exchange.unsent = False
-        exchange.writer = exchange.head = None
+        exchange.begun = True
+        exchange.head = None
         return Send(_CLIENT, raw)
 
     def _pass_body(self, exchange: Exchange, piece: bytes) -> list[Command]:
@@ -760,7 +765,7 @@ class KubernetesMachine:
         if exchange.heard is not None:
             exchange.heard += piece[: MAX_ERROR - len(exchange.heard)]
         out: list[Command] = [self._head_of_answer(exchange, answer)] if exchange.unsent else []
-        if exchange.transformer is not None or not isinstance(answer.framing, Length):
+        if exchange.chunked:
             piece = http.chunk(piece)
         out.append(Send(_CLIENT, piece))
         return out
@@ -787,7 +792,7 @@ class KubernetesMachine:
             if exchange.unsent:
                 out.append(self._head_of_answer(exchange, answer))
             rows, masked = transformer.objects, transformer.masked
-        if answer.framing is not None and (transformer is not None or not isinstance(answer.framing, Length)):
+        if exchange.chunked:
             out.append(Send(_CLIENT, http.LAST_CHUNK))
         error = ""
         if answer.status >= 400:
@@ -804,8 +809,8 @@ class KubernetesMachine:
         """What cannot be masked is not shown: told in place of the answer, when that has not begun."""
         message = f"the answer cannot be shown masked: {unmaskable}"
         out: list[Command] = []
-        if exchange.writer is not None:
-            out.append(self._said(exchange.writer, exchange.method, 502, message, "", last=True))
+        if not exchange.begun:
+            out.append(self._said(exchange.method, 502, message, "", last=True))
         out.append(Completed(exchange.id, "", 0, message))
         self._exchange = None
         return out + self._end(exchange.framing, message)
@@ -825,24 +830,22 @@ class KubernetesMachine:
         out: list[Command] = []
         asked = exchange.stage in (Stage.ANSWER, Stage.RELAY)
         again = asked and answer is None and self._served and exchange.method in _RETRIED and not self._replies
-        if exchange.writer is not None and not again:
+        if not exchange.begun and not again:
             status = 502 if asked else 503
-            out.append(self._said(exchange.writer, exchange.method, status, reason, HINT_AGAIN, last=True))
+            out.append(self._said(exchange.method, status, reason, HINT_AGAIN, last=True))
         return [*out, *self._break_off(reason), *self._close(reason)]
 
     # --- another protocol ---------------------------------------------------------------------------------------------
 
     def _switch(self, exchange: Exchange, answer: Answer) -> list[Command]:
         assert exchange.head is not None
-        assert exchange.writer is not None
         try:
             tunnel = streams.open_tunnel(
                 exchange.id, exchange.facts, exchange.head, answer.upgrade, answer.headers, self._next_id
             )
         except streams.Unspoken as unspoken:
             raise Malformed(str(unspoken)) from None
-        headers = [*answer.headers, (b"Connection", b"Upgrade"), (b"Upgrade", answer.upgrade)]
-        out: list[Command] = [Send(_CLIENT, http.write_switch(exchange.writer, headers)), *tunnel.begin()]
+        out: list[Command] = [Send(_CLIENT, http.write_switch(answer.headers, answer.upgrade)), *tunnel.begin()]
         self._tunnel = tunnel
         self._exchange = None
         self._reader = None
@@ -863,11 +866,11 @@ class KubernetesMachine:
     ) -> list[Command]:
         """The gateway's own answer; the connection goes on when the request's body was read whole. `reached` says that
         the request had been allowed, and that what became of it is to be recorded. `body` is the `Status` itself."""
-        assert exchange.writer is not None
-        writer, allowed = exchange.writer, reached and exchange.ruling is not None
+        assert not exchange.begun
+        allowed = reached and exchange.ruling is not None
         last = exchange.closes or not exchange.framing.done or self._server_left
         body = body or answers.status(status, message, exchange.facts)
-        out: list[Command] = [self._wrote(writer, exchange.method, status, body, last=last)]
+        out: list[Command] = [self._wrote(exchange.method, status, body, last=last)]
         if allowed:
             out.append(Completed(exchange.id, "", 0, f"{status} {answers.phrase(status)}: {message}"))
         self._exchange = None
@@ -875,17 +878,17 @@ class KubernetesMachine:
             return out + self._end(exchange.framing, message)
         return out + self._go_on()
 
-    def _said(self, writer: h11.Connection, method: str, status: int, message: str, hint: str, *, last: bool) -> Send:
-        return self._wrote(writer, method, status, answers.status(status, answers.sentence(message, hint)), last=last)
+    def _said(self, method: str, status: int, message: str, hint: str, *, last: bool) -> Send:
+        return self._wrote(method, status, answers.status(status, answers.sentence(message, hint)), last=last)
 
-    def _wrote(self, writer: h11.Connection, method: str, status: int, body: bytes, *, last: bool) -> Send:
+    def _wrote(self, method: str, status: int, body: bytes, *, last: bool) -> Send:
         """An answer with a `Status`, head and body."""
         headers = [
             (b"Content-Type", answers.JSON),
             (b"Cache-Control", b"no-cache, private"),
             (b"Content-Length", b"%d" % len(body)),
         ]
-        head = http.write_answer(writer, status, answers.phrase(status).encode(), headers, last=last)
+        head = http.write_answer(status, answers.phrase(status).encode(), headers, last=last)
         return Send(_CLIENT, head if method == "HEAD" else head + body)
 
     def _break_off(self, why: str) -> list[Command]:
