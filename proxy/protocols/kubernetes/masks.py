@@ -350,8 +350,9 @@ def _listed(view: View, values: Values) -> _Steps:
     """A list or a table, element by element; what stands before and behind the elements is kept."""
     out: list[bytes] = []
     members: Members = {}
+    behind: Members = {}
     seen: set[str] = set()
-    opened = False
+    opened, size = False, 0
     yield from _mark(values, out, b"{")
     while (yield from _peek(values, out)) != _CLOSING_BRACE:
         if seen:
@@ -368,11 +369,17 @@ def _listed(view: View, values: Values) -> _Steps:
             yield from _elements(values, out, show)
             continue
         raw = _VALID.decode((yield from _next(values, out)))
+        size += len(key) + len(memoryview(raw))
+        if size > MAX_VALUE:
+            raise Oversized
         if opened:
             out += (b",", _encode(key), b":", bytes(raw))
+            behind[key] = raw
         else:
             members[key] = raw
     yield from _mark(values, out, b"}")
+    if "items" in seen and opened:
+        view.ended(behind)
     out.append(b"}\n" if opened else _encode(view.answer(msgspec.Raw(_encode(members)))))
     while values.peek() < 0:
         yield b"".join(out)

@@ -170,16 +170,23 @@ class View:
         return members
 
     def listed(self, key: str, members: Members) -> Callable[[msgspec.Raw], object]:
-        """What to do with each element of the array `key` of an answer that is too long to be seen at once; `members`
-        came before it. Raises `Unmaskable` where they do not say what it is."""
+        """What to do with each element of the array `key` of an answer that comes in parts; `members` came before it.
+        Raises `Unmaskable` where they say that it is something else than a list or a table.
+
+        A list of custom resources says its kind behind its items, which say their own: see `ended`."""
         kind, api_version = _text(members.get("kind")), _text(members.get("apiVersion"))
         if self._status < 400:
             if key == "rows" and kind == "Table" and api_version.startswith("meta.k8s.io/"):
                 return self.row
-            if key == "items" and kind and "metadata" in members and _is_list(kind, {**members, key: None}):
+            if key == "items" and _is_list(kind, {**members, key: None}):
                 default = (api_version, kind.removesuffix("List"))
                 return lambda raw: self.item(raw, default)
-        raise Unmaskable(f"an answer of more than that comes in parts does not say that it is a list, before its {key}")
+        raise Unmaskable(f"an answer of many bytes does not say that it is a list, before its {key}")
+
+    def ended(self, members: Members) -> None:
+        """What came behind the elements does not say that it was no list. Raises `Unmaskable`."""
+        if not _is_list(_text(members.get("kind")), {**members, "items": None}):
+            raise Unmaskable("an answer that began as a list turned out to be something else")
 
     # objects
 
