@@ -8,8 +8,8 @@ A path or query that two readers could read differently is not classified, and s
 an encoded slash, bytes that are no UTF-8, a parameter given twice where the server looks at one. What passes is spelled
 anew, canonically, for the server.
 
-What cannot be seen: the body of what is proxied into the cluster (`proxy`), protobuf and CBOR bodies (denied, with the
-advice to send JSON), what an admission webhook makes of an object.
+What cannot be seen: the body of what is proxied into the cluster (`proxy`), CBOR bodies (denied, with the advice to
+send JSON), what an admission webhook makes of an object.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from urllib.parse import quote
 import msgspec
 
 from proxy.model import Operation, OperationKind, Phase, RequestFacts
+from proxy.protocols.kubernetes.protobuf import ProtobufUnreadable, read_protobuf
 from proxy.protocols.kubernetes.scrub import scrubbed, scrubbed_words
 from proxy.protocols.kubernetes.yaml import YamlUnreadable, read_yaml
 
@@ -35,6 +36,7 @@ MAX_PARAMETERS = 512
 MAX_RECORDED_BODY = 4096
 """Characters of a body that are recorded."""
 
+_PROTOBUF = "application/vnd.kubernetes.protobuf"
 HINT_MEDIA = "send application/json"
 
 STREAMING = frozenset({"exec", "attach", "portforward"})
@@ -338,14 +340,15 @@ def _decode(facts: RequestFacts, content_type: str, head: Head, body: bytes) -> 
     charset = parameters.replace(" ", "").lower()
     if charset not in ("", "charset=utf-8"):
         raise _Unclear(f"the body's `Content-Type` has parameters that are not read; {HINT_MEDIA}")
-    if (facts.verb == "patch") is not bool(patch):
-        kinds = ", ".join(sorted(_PATCHES)) if facts.verb == "patch" else "application/json"
-        if patch or media not in ("", "application/json", "application/yaml"):
-            raise _Unclear(f"bodies of type `{media[:64]}` are not read for `{facts.verb}`; send {kinds}")
-        if facts.verb == "patch":
-            raise _Unclear(f"a patch of type `{media[:64]}` is not read; send {kinds}")
+    if facts.verb == "patch" and not patch:
+        raise _Unclear(f"a patch of type `{media[:64]}` is not read; send {', '.join(sorted(_PATCHES))}")
+    if facts.verb != "patch" and media not in ("", "application/json", "application/yaml", _PROTOBUF):
+        raise _Unclear(f"bodies of type `{media[:64]}` are not read for `{facts.verb}`; {HINT_MEDIA}")
+    value: object
     try:
-        value: object = msgspec.json.decode(body)
+        value = read_protobuf(body) if media == _PROTOBUF else msgspec.json.decode(body)
+    except ProtobufUnreadable as unreadable:
+        raise _Unclear(f"the body is no protobuf that can be read: {unreadable}; {HINT_MEDIA}") from None
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as error:
         if media not in ("application/yaml", "application/apply-patch+yaml"):
             raise _Unclear(f"the body is no JSON that can be read: {_short(error)}") from None

@@ -6,7 +6,8 @@
 //	{"kinds": {"v1/Pod": 17, ...}, "types": [[[number, "jsonName", "kind", type, flags], ...], ...]}
 //
 // kind: string, bytes, bool, int, float, message, and the special ones in `special`. type: the index of a message's
-// type, else -1. flags: 1 repeated, 2 map (of strings to this), 4 inline, 8 left out of JSON when empty.
+// type, else -1. flags: 1 repeated, 2 map (of strings to this), 4 inline, 8 left out of JSON when it is
+// zero.
 package main
 
 import (
@@ -98,7 +99,8 @@ func (t *table) message(of reflect.Type) int {
 		}
 		name, options, _ := strings.Cut(each.Tag.Get("json"), ",")
 		flags := 0
-		if strings.Contains(options, "omitempty") || strings.Contains(options, "omitzero") {
+		// what is behind a pointer is written when it is there, whatever its value
+		if strings.Contains(options, "omitempty") && each.Type.Kind() != reflect.Pointer {
 			flags |= omitted
 		}
 		if name == "" {
