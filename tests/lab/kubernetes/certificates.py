@@ -114,13 +114,14 @@ def _general_name(name: str) -> x509.GeneralName:
 
 
 def _usage(**wanted: bool) -> x509.KeyUsage:
-    every = ("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement")
-    every += ("key_cert_sign", "crl_sign", "encipher_only", "decipher_only")
+    every = [
+        *("digital_signature", "content_commitment", "key_encipherment", "data_encipherment", "key_agreement"),
+        *("key_cert_sign", "crl_sign", "encipher_only", "decipher_only"),
+    ]
     return x509.KeyUsage(**{name: wanted.get(name, False) for name in every})
 
 
 def _key_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
-    # SEC 1 and PKCS 8 are both read by Go; openssl and Python too
     return key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
     )

@@ -73,7 +73,7 @@ class Node:
         """Waits until the pod is in `phase`, and ready if that is `Running`. Raises `LabError`."""
         deadline = time.monotonic() + READY_TIMEOUT_S
         while True:
-            pod = self.server.request("GET", f"/api/v1/namespaces/{namespace}/pods/{name}").json()
+            pod: dict[str, Any] = self.server.request("GET", f"/api/v1/namespaces/{namespace}/pods/{name}").json()
             status = pod.get("status", {})
             ready = any(c["type"] == "Ready" and c["status"] == "True" for c in status.get("conditions", []))
             if status.get("phase") == phase and (ready or phase != "Running"):
@@ -94,7 +94,7 @@ def running_node(server: KubernetesServer, *, name: str = "node", address: str =
     (files / "serving.pem").write_bytes(pair.certificate)
     (files / "serving.key").touch(0o600)
     (files / "serving.key").write_bytes(pair.key)
-    flags = {
+    flags: dict[str, str | Path] = {
         "kubeconfig": server.kubeconfig,
         "name": name,
         "address": address,
@@ -103,7 +103,7 @@ def running_node(server: KubernetesServer, *, name: str = "node", address: str =
         "client-ca": server.directory / "kubelet-ca.pem",
         "directory": files / "pods",
     }
-    command = [server.programs.node, *(f"--{key}={value}" for key, value in flags.items())]
+    command: list[str | Path] = [server.programs.node, *(f"--{key}={value}" for key, value in flags.items())]
     process = start(server.directory, server.namespace, f"node-{name}", command, ask_first=True)
     try:
         _await_ready(server, name, process)
