@@ -8,7 +8,7 @@
 #ifndef HOPGATE_ABI_H
 #define HOPGATE_ABI_H
 
-#define HOPGATE_ABI 4
+#define HOPGATE_ABI 5
 
 #define COMM_BYTES 16
 #define PATH_BYTES 128
@@ -201,6 +201,7 @@ struct hopgate_event {
 #define COUNT_HIDDEN 12		/* connections closed for data because of what they begin with */
 #define COUNT_UNWATCHED 13	/* … because they cannot be looked at */
 #define COUNT_UNCLOSED 14	/* … and those of them that could not be closed either */
-#define COUNTERS 15
+#define COUNT_USERS_FULL 15	/* connects in users' network namespaces for which there was no room */
+#define COUNTERS 16
 
 #endif

@@ -19,8 +19,17 @@
  * access.
  */
 
+/*
+ * Records are apart by whose the network namespace is, so that nobody can fill the table of somebody else by connecting
+ * to himself: the listener's own; those that root made, as containers have; those that users made. What does not fit is
+ * denied.
+ */
 BPF_TABLE_PINNED("hash", struct hopgate_connect_key, struct hopgate_connect_record, connects, CONNECTS_MAX,
 		 PINS "/connects");
+BPF_TABLE_PINNED("hash", struct hopgate_connect_key, struct hopgate_connect_record, connects_behind, CONNECTS_MAX / 2,
+		 PINS "/connects_behind");
+BPF_TABLE_PINNED("hash", struct hopgate_connect_key, struct hopgate_connect_record, connects_of_users,
+		 CONNECTS_MAX / 8, PINS "/connects_of_users");
 BPF_TABLE_PINNED("lpm_trie", struct hopgate_scope_key, u32, scope, SCOPE_MAX, PINS "/scope", BPF_F_NO_PREALLOC);
 BPF_TABLE_PINNED("hash", u64, u32, exempt, EXEMPT_MAX, PINS "/exempt");
 
@@ -86,6 +95,35 @@ static inline void set_mark(struct bpf_sock_ops *ops, u32 mark)
 	bpf_setsockopt(ops, SOL_SOCKET, SO_MARK, &mark, sizeof(mark));
 }
 
+/*
+ * Whether the network namespace was made by a user, that is in a user namespace of its own. Only that of the caller can
+ * be looked at; a socket of another one counts as a user's.
+ */
+static inline bool made_by_user(struct task_struct *task, u64 netns)
+{
+	struct nsproxy *nsproxy = KREAD(task_struct, task, nsproxy);
+	struct net *net = KREAD(nsproxy, nsproxy, net_ns);
+	struct user_namespace *owner = KREAD(net, net, user_ns);
+
+	return KREAD(net, net, net_cookie) != netns || KREAD(user_namespace, owner, level);
+}
+
+/* The record of this very socket. */
+static inline struct hopgate_connect_record *find_record(struct hopgate_connect_key *key, u64 socket)
+{
+	struct hopgate_connect_record *record;
+
+	if (key->local) {
+		record = connects.lookup(key);
+		return record && record->socket == socket ? record : 0;
+	}
+	record = connects_behind.lookup(key);
+	if (record && record->socket == socket)
+		return record;
+	record = connects_of_users.lookup(key);
+	return record && record->socket == socket ? record : 0;
+}
+
 static inline void on_connect(struct bpf_sock_ops *ops, struct hopgate_connect_key *key, struct hopgate_config *config,
 			      u64 netns)
 {
@@ -123,16 +161,31 @@ static inline void on_connect(struct bpf_sock_ops *ops, struct hopgate_connect_k
 	record.socket = bpf_get_socket_cookie(ops);
 	record.time_ns = bpf_ktime_get_ns();
 
-	struct hopgate_connect_record *old = connects.lookup(key);
+	bool users = !key->local && made_by_user(task, netns);
+	struct hopgate_connect_record *old = key->local ? connects.lookup(key) :
+					     users	? connects_of_users.lookup(key) :
+							  connects_behind.lookup(key);
 
 	if (old && old->netns != record.netns && !(old->flags & CONNECT_CLOSED)) {
 		record.flags |= CONNECT_AMBIGUOUS;
 		count(COUNT_AMBIGUOUS);
 	}
-	if (connects.update(key, &record)) {
+	/* where there is no room, what is under this key is about another connection */
+	if (users) {
+		if (connects_of_users.update(key, &record)) {
+			count(COUNT_USERS_FULL);
+			connects_of_users.delete(key);
+			return;
+		}
+	} else if (key->local) {
+		if (connects.update(key, &record)) {
+			count(OVERFLOW_CONNECTS);
+			connects.delete(key);
+			return;
+		}
+	} else if (connects_behind.update(key, &record)) {
 		count(OVERFLOW_CONNECTS);
-		/* what is under this key now is about another connection */
-		connects.delete(key);
+		connects_behind.delete(key);
 		return;
 	}
 	count(COUNT_CONNECTS);
@@ -141,25 +194,32 @@ static inline void on_connect(struct bpf_sock_ops *ops, struct hopgate_connect_k
 
 static inline void on_established(struct bpf_sock_ops *ops, struct hopgate_connect_key *key)
 {
-	struct hopgate_connect_record *record = connects.lookup(key);
+	struct hopgate_connect_record *record = find_record(key, bpf_get_socket_cookie(ops));
 
-	if (record && record->socket == bpf_get_socket_cookie(ops))
+	if (record)
 		record->flags |= CONNECT_ESTABLISHED;
 }
 
 static inline void on_close(struct bpf_sock_ops *ops, struct hopgate_connect_key *key)
 {
-	struct hopgate_connect_record *record = connects.lookup(key);
 	u64 cookie = bpf_get_socket_cookie(ops);
+	struct hopgate_connect_record *record = find_record(key, cookie);
 
 	unwatched.delete(&cookie);
-	if (!record || record->socket != cookie)
+	if (!record)
 		return;
 	if (record->flags & CONNECT_ESTABLISHED) {
 		record->time_ns = bpf_ktime_get_ns();
 		record->flags |= CONNECT_CLOSED;
-	} else {
+	} else if (key->local) {
 		connects.delete(key);
+	} else {
+		struct hopgate_connect_record *behind = connects_behind.lookup(key);
+
+		if (behind && behind->socket == cookie)
+			connects_behind.delete(key);
+		else
+			connects_of_users.delete(key);
 	}
 }
 

@@ -17,7 +17,7 @@ from hostagent.kernel import bpf
 from hostagent.kernel.settings import MapSizes, Settings
 from proxy.model import Endpoint, Prefix
 
-ABI = 4
+ABI = 5
 SOURCES = ("abi.h", "lineage.bpf.c", "intercept.bpf.c", "connect.bpf.c", "raw.bpf.c")
 
 TRACEPOINTS = {"on_fork": "sched_process_fork", "on_exec": "sched_process_exec", "on_exit": "sched_process_exit"}
@@ -54,6 +54,7 @@ COUNTERS = (
     "hidden",
     "unwatched",
     "unclosed",
+    "users_full",
 )
 OVERFLOWS = COUNTERS[:3]
 
@@ -208,12 +209,15 @@ RING = "events"
 U32 = struct.Struct("=I")
 U64 = struct.Struct("=Q")
 
+CONNECTS = ("connects", "connects_behind", "connects_of_users")
+"""Records of connects, by the network namespace: the listener's own; those that root made; those that users made."""
+
 MAPS: dict[str, tuple[int, int]] = {
     "settings": (4, ctypes.sizeof(Config)),
     "counters": (4, 8),
     "procs": (4, 8),
     "nodes": (8, ctypes.sizeof(Node)),
-    "connects": (ctypes.sizeof(ConnectKey), ctypes.sizeof(ConnectRecord)),
+    **dict.fromkeys(CONNECTS, (ctypes.sizeof(ConnectKey), ctypes.sizeof(ConnectRecord))),
     "scope": (ctypes.sizeof(ScopeKey), 4),
     "exempt": (8, 4),
     "declared": (8, ctypes.sizeof(Declaration)),

@@ -72,7 +72,7 @@ class Pins:
         self._counters = maps["counters"]
         self._procs = maps["procs"]
         self._nodes = maps["nodes"]
-        self._connects = maps["connects"]
+        self._connects = [maps[name] for name in abi.CONNECTS]
         self._scope = maps["scope"]
         self._exempt = maps["exempt"]
         self._declared = maps["declared"]
@@ -153,15 +153,15 @@ class Pins:
             key = abi.connect_key(source, dialled, local=local)
         except ValueError as error:
             return Refused(f"the connection's addresses make no sense: {error}")
-        value = self._connects.get(key)
-        if value is None or not self._connects.delete(key):
+        records = self._taken(key, self._connects[:1] if local else self._connects[1:])
+        if not records:
             return Refused(
                 "the kernel has no record of this connection: raw socket, or a process outside the hooked cgroup"
             )
-        record = abi.ConnectRecord.from_buffer_copy(value)
+        record = records[0]
         age_s = (time.monotonic_ns() - record.time_ns) / 1e9
         closed = bool(record.flags & abi.CONNECT_CLOSED)
-        if record.flags & abi.CONNECT_AMBIGUOUS:
+        if record.flags & abi.CONNECT_AMBIGUOUS or len(records) > 1:
             return Refused("two network namespaces use the same addresses for this connection")
         if not record.flags & abi.CONNECT_ESTABLISHED:
             return Refused("the recorded connection was never established by its own socket")
@@ -171,9 +171,18 @@ class Pins:
             return Refused("the connecting process has no lineage: it is older than the hooks, or a table overflowed")
         return ConnectRecord(record.node, record.tgid, record.netns, record.socket, record.time_ns)
 
+    def _taken(self, key: bytes, tables: list[bpf.Map]) -> list[abi.ConnectRecord]:
+        """Takes the records under this key; those whose sockets were closed since only if there is no other."""
+        found = [
+            abi.ConnectRecord.from_buffer_copy(value)
+            for table in tables
+            if (value := table.get(key)) is not None and table.delete(key)
+        ]
+        return [record for record in found if not record.flags & abi.CONNECT_CLOSED] or found
+
     def asker(self, source: Endpoint, dest: Endpoint) -> int:
         """The node of who connected, in the listener's network namespace, if nobody has taken the record; else 0."""
-        value = self._connects.get(abi.connect_key(source, dest, local=True))
+        value = self._connects[0].get(abi.connect_key(source, dest, local=True))
         return int(abi.ConnectRecord.from_buffer_copy(value).node) if value is not None else 0
 
     def sweep(self, age_s: float = STALE_S) -> list[Unclaimed]:
@@ -181,12 +190,12 @@ class Pins:
         oldest_ns = time.monotonic_ns() - int(age_s * 1e9)
         swept: list[Unclaimed] = []
         # a list: deleting while walking would start the walk again
-        for key in list(self._connects.keys()):
-            value = self._connects.get(key)
+        for table, key in [(each, key) for each in self._connects for key in list(each.keys())]:
+            value = table.get(key)
             if value is None:
                 continue
             record = abi.ConnectRecord.from_buffer_copy(value)
-            if record.time_ns < oldest_ns and self._connects.delete(key):
+            if record.time_ns < oldest_ns and table.delete(key):
                 established = bool(record.flags & abi.CONNECT_ESTABLISHED)
                 local = bool(abi.ConnectKey.from_buffer_copy(key).local)
                 dest = abi.dest_of(key)

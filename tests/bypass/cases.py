@@ -812,17 +812,17 @@ def _(bed: Bed) -> Seen:
     return seen
 
 
-# Last: it takes half a minute until the table has room again.
 @case(
     "filling the table of records",
     "user",
-    DENIED_UNKNOWN,
-    "an agent that may is turned away meanwhile: closed, not open",
+    DENIED,
+    "what users do in namespaces of their own has a table of its own: an agent that may is served meanwhile",
 )
 def _(bed: Bed) -> Seen:
     said = bed.run(command(bed, "user", "flood", 66_000), timeout_s=60)
-    seen = attack(bed, "user", "plain", program="dba", uid=DBA)
-    seen.said = said + seen.said
+    served = attack(bed, "user", "plain", program="dba", uid=DBA)
+    seen = attack(bed, "user", "plain") if served.outcome == "answered as dba" else served
+    seen.said = said + served.said + seen.said
     return seen
 
 

@@ -279,3 +279,45 @@ def test_another_mark_is_left_alone(routed: Bed) -> None:
     out = routed.run(routed.command("marked", 77, tag="tag-marked"))
     assert out.strip() == "77"
     assert routed.tags() == ["tag-marked"]
+
+
+_FLOOD = """
+import ctypes, fcntl, os, socket, struct, sys
+flags = int(sys.argv[1], 0)
+if flags & 0x10000000:
+    os.setresgid(61001, 61001, 61001)
+    os.setresuid(61001, 61001, 61001)
+if ctypes.CDLL(None).unshare(flags):
+    sys.exit("no namespace")
+with socket.socket() as any_socket:
+    fcntl.ioctl(any_socket, 0x8914, struct.pack("16sh22x", b"lo", 0x41))  # SIOCSIFFLAGS: up and running
+server = socket.create_server(("0.0.0.0", 5432), backlog=64)
+for number in range(int(sys.argv[2])):
+    with socket.socket() as client:
+        client.bind(("127.0.0.1", 10_000 + number))
+        client.connect(("127.0.0.1", 5432))
+        server.accept()[0].close()
+"""
+_NEW_NET, _NEW_USER = 0x40000000, 0x10000000
+
+
+def _flooded(made: Bed, flags: int, number: int) -> None:
+    made.run([sys.executable, "-I", "-S", "-c", _FLOOD, hex(flags), str(number)])
+
+
+def test_users_who_fill_their_table_harm_neither_the_host_nor_containers() -> None:
+    sizes = kernel.MapSizes(procs=8192, nodes=32_768, graveyard=16_384, connects=1024)
+    with bed("shares", sizes) as made:
+        _flooded(made, _NEW_USER | _NEW_NET, 300)
+        assert made.pins.counters()["users_full"] >= 300 - 1024 // 8 and not made.pins.overflowed()
+        # root's own namespaces, as containers have, are another table
+        _flooded(made, _NEW_NET, 500)
+        assert not made.pins.overflowed()
+        _flooded(made, _NEW_NET, 600)
+        assert made.pins.overflowed(), "a container can fill the table of the containers"
+        for _ in range(20):
+            made.run(made.command("connect"))
+            assert isinstance(made.take()[1], kernel.ConnectRecord)
+        assert len(made.pins.sweep(0)) >= 1024 // 2 + 1024 // 8
+        _flooded(made, _NEW_USER | _NEW_NET, 10)
+        assert len(made.pins.sweep(0)) == 10
