@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from proxy.model import Operation, Ruling
 from proxy.protocols.base import AskCredential, AskRuling, PeerViolation
+from proxy.protocols.kubernetes import http
 from proxy.protocols.kubernetes.http import Chunks, HeadReader, Malformed
 from tests.proxy.protocols.kubernetes.playing import ALLOW, DENY, TOKEN, C, Player, S, chunked, request, response
 
@@ -340,3 +341,25 @@ def test_a_head_is_refused_or_read_alike_in_any_cut(data: bytes) -> None:
 
     whole = outcome([data]) if data else None
     assert outcome([data[index : index + 1] for index in range(len(data))]) == whole
+
+
+@settings(max_examples=1000, deadline=None)
+@given(
+    pieces=st.lists(st.sampled_from([b"\r", b"\n", b"\r\n", b"a", b" ", b"\0", b"\t", b"\x7f", b"\xe4"]), max_size=12)
+)
+def test_the_quick_look_at_a_head_sees_what_the_slow_one_sees(pieces: list[bytes]) -> None:
+    head = b"".join(pieces) + b"\r\n\r\n"
+    assert http._plain(head) is (http._UNREADABLE.search(head) is None)
+
+
+@pytest.mark.parametrize("value", [b"a\r\nb: c", b"a\nb", b"a\rb", b"a\0", b"a\r\n b", b"a\r\n\r\n"])
+def test_no_head_is_written_that_would_be_read_as_more(value: bytes) -> None:
+    for headers in ([(b"x", value)], [(value, b"x")]):
+        with pytest.raises(ValueError):
+            http.write_request("GET", "/", headers)
+        with pytest.raises(ValueError):
+            http.write_answer(200, b"OK", headers)
+    with pytest.raises(ValueError):
+        http.write_request("GET", "/" + value.decode(), [])
+    with pytest.raises(ValueError):
+        http.write_answer(200, value, [])
