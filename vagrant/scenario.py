@@ -117,7 +117,7 @@ class Scenario:
     def orphan(self) -> None:
         output = self.bed.work / "orphan"
         self.pipeline("start-b", "orphan")
-        seen = _wait(lambda: output.read_text() if output.exists() else "", lambda text: "parent" in text).strip()
+        seen = wait(lambda: output.read_text() if output.exists() else "", lambda text: "parent" in text).strip()
         self.outputs.append(seen)
         parent = seen.rpartition("parent")[2].strip()
         sessions = json.loads(self.bed.hopgate("sessions", "--json").stdout)
@@ -139,7 +139,7 @@ class Scenario:
         kept = "refused" in seen and "password" not in seen
         self.row("daemon killed with -9: the next connect", "Connection refused", seen, kept)
         self.bed.start()
-        seen = _wait(lambda: self.pipeline("read"), lambda text: "ada@" in text)
+        seen = wait(lambda: self.pipeline("read"), lambda text: "ada@" in text)
         self.row("and after a restart", "it works", seen, _lines(seen) == [{"rows": CUSTOMERS, "tag": "SELECT 2"}])
 
     def secrecy(self) -> None:
@@ -186,7 +186,7 @@ def _flat(text: str) -> str:
     return " ".join(text.split())
 
 
-def _wait(look: Callable[[], str], good: Callable[[str], bool]) -> str:
+def wait(look: Callable[[], str], good: Callable[[str], bool]) -> str:
     deadline = time.monotonic() + PATIENCE_S
     while not good(seen := look()) and time.monotonic() < deadline:
         time.sleep(0.2)

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from tests.lab import demo_cluster
 from tests.lab.cgroups import cgroup
 from tests.lab.hopgate import Gateway, gateway
 from tests.lab.namespaces import linked_namespaces
@@ -94,7 +95,8 @@ def main() -> int:
         running.write_credential("shop", "shop_app", password)
         print("demo: hopgate", file=sys.stderr)
         running.start()
-        return perform(LabBed(running, agents, work, password))
+        status = perform(LabBed(running, agents, work, password))
+    return demo_cluster.perform() or status
 
 
 if __name__ == "__main__":
