@@ -26,6 +26,8 @@ could decode, so they are removed. A mask on `data` of Secrets holds for `string
 everything else passes as the server wrote it, numbers included. Of keys that are there twice the last counts, as it
 does for the server.
 
+Helm keeps its releases, with every value in them, in `Secret.data`: it does not work through a mask on those Secrets.
+
 `hide` leaves objects out of lists, tables and watches. A request that names one is answered `Plan.not_found`.
 
 Blind spots, for a policy to deny or to mask under their own names: what Pods write (logs, exec, `pods/proxy`); the same
