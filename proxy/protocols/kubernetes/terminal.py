@@ -90,6 +90,7 @@ class Observation:
         self._status = bytearray()
         self._size = bytearray()
         self._room = MAX_OBSERVED
+        self._ended = False
 
     def see(self, side: Side, channel: str, data: bytes) -> None:
         """Bytes of a channel. Raises `PeerViolation`."""
@@ -116,8 +117,11 @@ class Observation:
         self._waiting.clear()
         return observed
 
-    def finish(self) -> Completed:
-        """How it ended."""
+    def finish(self) -> list[Command]:
+        """How it ended: told once, as soon as the server has said its last, since the client may then just go away."""
+        if self._ended:
+            return []
+        self._ended = True
         code, error = self._outcome()
         parts = [f"exit {code}"] if code else []
         for channel, tally in self._tallies.items():
@@ -126,7 +130,7 @@ class Observation:
             elif tally.recorded < tally.size:
                 told = f"{channel} {tally.size} bytes, of which {tally.recorded} are recorded"
                 parts.append(f"{told}, sha256 {tally.digest.hexdigest()}")
-        return Completed(self._id, "; ".join(parts), error=error)
+        return [Completed(self._id, "; ".join(parts), error=error)]
 
     def _record(self, channel: str, data: bytes) -> int:
         """How many of the bytes there is room for."""
@@ -193,6 +197,7 @@ class SpdyTerminal:
         self._observation = observation
         self._relay = SpdyRelay(in_websocket=False)
         self._opened: set[str] = set()
+        self._unended: set[str] = set()
 
     def begin(self) -> list[Command]:
         return []
@@ -206,10 +211,15 @@ class SpdyTerminal:
                     if stream.kind not in _SENDER or stream.kind in self._opened:
                         raise PeerViolation(f"a stream for `{stream.kind[:32]}`, or a second one", side)
                     self._opened.add(stream.kind)
+                    if _SENDER[stream.kind] is Side.SERVER:
+                        self._unended.add(stream.kind)
                 case Data():
                     self._observation.see(side, stream.kind, frame.data)
             self._relay.write(OTHER[side], stream, frame)
-        return [*self._observation.take(), *self._relay.take()]
+            if stream.reset or Side.SERVER in stream.ended:
+                self._unended.discard(stream.kind)
+        ended = ERROR in self._opened and not self._unended
+        return [*self._observation.take(), *self._relay.take(), *(self._observation.finish() if ended else ())]
 
     def answer(self, ask: AskRuling, reply: Reply) -> list[Command]:
         return []
@@ -218,7 +228,7 @@ class SpdyTerminal:
         if self.closed:
             return []
         self.closed = True
-        return [self._observation.finish()]
+        return self._observation.finish()
 
 
 class ChannelTerminal:
@@ -244,7 +254,9 @@ class ChannelTerminal:
             if chunk.channel >= 0:
                 self._see(side, chunk)
             out += chunk.raw
-        return [*self._observation.take(), *([Send(OTHER[side], bytes(out))] if out else [])]
+        ended = self._readers[Side.SERVER].closed
+        sends = [Send(OTHER[side], bytes(out))] if out else []
+        return [*self._observation.take(), *sends, *(self._observation.finish() if ended else ())]
 
     def answer(self, ask: AskRuling, reply: Reply) -> list[Command]:
         return []
@@ -253,7 +265,7 @@ class ChannelTerminal:
         if self.closed:
             return []
         self.closed = True
-        return [self._observation.finish()]
+        return self._observation.finish()
 
     def _see(self, side: Side, chunk: Chunk) -> None:
         if chunk.channel == _CLOSE_CHANNEL and self._half_close and side is Side.CLIENT:

@@ -217,6 +217,11 @@ class ChannelReader:
         self._undecoded = b""
         self._padded = False
 
+    @property
+    def closed(self) -> bool:
+        """True after that side's close frame."""
+        return self._reader.closed
+
     def feed(self, data: Buffer) -> list[Chunk]:
         """Raises `PeerViolation`."""
         return [self._chunk(piece) for piece in self._reader.feed(data)]

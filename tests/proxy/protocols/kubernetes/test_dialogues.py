@@ -21,13 +21,13 @@ import termios
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 
-from proxy.model import RequestFacts, Ruling
-from proxy.protocols.base import PeerViolation, Side
+from proxy.model import Decision, Operation, OperationKind, Reason, RequestFacts, Ruling
+from proxy.protocols.base import Observed, PeerViolation, Side
 from proxy.protocols.kubernetes.commands import told
 from proxy.protocols.kubernetes.requests import Head, classify
 from proxy.protocols.kubernetes.streams import Unspoken, offered, open_tunnel
@@ -43,6 +43,7 @@ from tests.lab.kubernetes import (
     running_node,
 )
 from tests.lab.kubernetes.presence import built_or_skipped
+from tests.proxy.protocols.kubernetes.pumping import Pump, running
 from tests.proxy.protocols.kubernetes.tunnels import ALLOW, CLIENT, DENY, ID, SERVER, Session
 
 TIMEOUT_S = 60.0
@@ -395,8 +396,15 @@ class Forwarding:
         )
         self.said = ""
         self.local: dict[int, int] = {}
+        try:
+            self._await_ports(len(ports))
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def _await_ports(self, count: int) -> None:
         assert self.process.stdout is not None
-        while len(self.local) < len(ports):
+        while len(self.local) < count:
             line = self.process.stdout.readline()
             assert line, self.said
             self.said += line
@@ -577,3 +585,58 @@ def test_client_go_executes(cluster: Cluster) -> None:
     )
     assert (done.returncode, done.stdout) == (4, "hello"), (done, cluster.gate.violations)
     assert cluster.gate.last("exec").session.seen("stdout") == b"hello"
+
+
+# --- through the whole machine ----------------------------------------------------------------------------------------
+
+HOLD = Ruling(Decision.HOLD, (Reason("agent", "rule", Decision.HOLD, ""),), "held", "", "v1", hold_timeout_s=60)
+
+
+def test_the_machine_forwards_holds_and_denies_port_by_port(cluster: Cluster, kubectl: Kubectl, tmp_path: Path) -> None:
+    with echoing() as free, echoing() as held, echoing() as denied:
+        rulings = {(free,): ALLOW, (held,): HOLD, (denied,): DENY}
+
+        def judge(operation: Operation) -> Ruling:
+            return rulings[operation.requests[0].ports] if operation.kind is OperationKind.FORWARD else ALLOW
+
+        with running(Pump(cluster.server, judge)) as pump:
+            kubeconfig = cluster.server.write_kubeconfig(
+                tmp_path / "kubeconfig", endpoint=pump.endpoint, ca_path=pump.ca_path, token="none"
+            )
+            through = replace(cluster, kubeconfig=kubeconfig)
+            with Forwarding(through, kubectl, [free, held, denied]) as forwarding:
+                assert forwarding.send(free, b"abc") == b"ABC"
+                assert forwarding.send(held, b"abc" * 50_000) == b"ABC" * 50_000
+                assert forwarding.send(denied, b"abc") == b""
+                forwarding.wait_for("denied for agent (ask the owners)")
+            forwards = [operation for operation in pump.asked if operation.kind is OperationKind.FORWARD]
+            assert [operation.requests[0].ports for operation in forwards] == [(free,), (held,), (denied,)]
+            assert forwards[0].text == f"create pods/shell portforward in default to {free}"
+            assert forwards[1].recorded_text in pump.previews
+            deadline = time.monotonic() + TIMEOUT_S
+            while "2 connections" not in [done.tag for done in pump.done] and time.monotonic() < deadline:
+                time.sleep(0.02)
+            tags = [done.tag for done in pump.done]
+            assert {"3 bytes sent, 3 received", "150000 bytes sent, 150000 received", "2 connections"} <= set(tags)
+            assert not pump.violations
+
+
+def test_the_machine_records_what_a_command_shows(cluster: Cluster, kubectl: Kubectl, tmp_path: Path) -> None:
+    with running(Pump(cluster.server)) as pump:
+        kubeconfig = cluster.server.write_kubeconfig(
+            tmp_path / "kubeconfig", endpoint=pump.endpoint, ca_path=pump.ca_path, token="none"
+        )
+        through = replace(cluster, kubeconfig=kubeconfig)
+        script = "read x; echo got $x; exit 7"
+        done = through.kubectl(kubectl, "exec", "-i", "shell", "--", "sh", "-c", script, stdin=b"apple\n", status=7)
+        assert done.stdout == b"got apple\n"
+        deadline = time.monotonic() + TIMEOUT_S
+        while not any(each.tag.startswith("exit") for each in pump.done) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        ended = [each.tag for each in pump.done if each.tag.startswith("exit")]
+        assert ended == ["exit 7; stdin 6 bytes not recorded"], pump.done
+        asked = [operation.text for operation in pump.asked if "exec" in operation.text]
+        assert asked == [f"create pods/shell exec in default: sh -c {script}"]
+        shown = [each.data for each in pump.commands if isinstance(each, Observed) and each.channel == "stdout"]
+        assert b"".join(shown) == b"got apple\n"
+        assert not pump.violations

@@ -201,6 +201,24 @@ def test_exec_over_channels_in_any_chunking(protocol: str, cuts: list[int]) -> N
     assert session.completed[0].tag == "exit 0; stdin 11 bytes not recorded"
 
 
+@pytest.mark.parametrize("cut", [True, False])
+def test_the_end_is_told_when_the_server_has_said_its_last(cut: bool) -> None:
+    """The client may then go away without a word."""
+    session, steps = exec_over_channels("v4.channel.k8s.io", FAILED)
+    for side, data in steps[:-1]:
+        session.feed(side, *(cut_at(data, range(0, 400, 3)) if cut else [data]))
+    assert [done.tag for done in session.completed] == ["exit 42; stdin 11 bytes not recorded"]
+    session.end()
+    assert len(session.completed) == 1
+    session = Session(tunnel("exec", "SPDY/3.1", "v4.channel.k8s.io"))
+    for side, data in exec_over_spdy(FAILED)[:-1]:
+        assert not session.completed
+        session.feed(side, data)
+    assert [done.tag for done in session.completed] == ["exit 42; stdin 11 bytes not recorded"]
+    session.end()
+    assert len(session.completed) == 1
+
+
 def test_what_is_shown_is_recorded_before_it_is_sent() -> None:
     machine = tunnel("exec", "websocket", "v4.channel.k8s.io")
     commands = machine.receive(SERVER, ws(b"\1abc") + ws(b"\1def") + ws(b"\2x"))
