@@ -583,7 +583,8 @@ class Session:
         if asyncio.get_running_loop().time() < self._secret_until:
             self._answer(ask, base.Credential(self._secret.password))
         else:
-            self._start(self._renew_credential(ask))
+            # beside a hold, which may be what it is for
+            self.worker.spawn(self._guard(self._renew_credential(ask)))
 
     async def _renew_credential(self, ask: base.AskCredential) -> None:
         try:
