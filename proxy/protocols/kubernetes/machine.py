@@ -11,15 +11,8 @@
     DRAINING   what the client still sends, unread        CLOSED     its end
     CLOSED     nothing
 
-A request goes through stages; bytes behind it wait.
-
-    BODY       the rest of a body that is judged
-    RULING     AskRuling; while a human decides, `preview` may ask the server what would come of it, with a dry run
-    CREDENTIAL AskCredential; then the request is sent, with the gateway's token and none of the client's
-    ANSWER     the answer's head; a body that is not judged goes on meanwhile
-    RELAY      the answer's body, through the masks
-
-exec, attach and port-forward then switch to another protocol, in `streams`.
+A request goes through the stages of `exchange`; bytes behind it wait. exec, attach and port-forward then switch to
+another protocol, in `streams`.
 
 A denial is a `Status` and the connection goes on; it ends where the request's body was not read whole. `Expect:
 100-continue` is answered here, once the body is wanted. Interim answers of the server and all trailers are dropped. An
@@ -40,7 +33,7 @@ from typing import Final
 
 import h11
 
-from proxy.model import Decision, RequestFacts, Ruling, TlsMode
+from proxy.model import Decision, Ruling, TlsMode
 from proxy.protocols.base import (
     Ask,
     AskCredential,
@@ -68,16 +61,15 @@ from proxy.protocols.base import (
     UpstreamReady,
 )
 from proxy.protocols.kubernetes import answers, http, streams
+from proxy.protocols.kubernetes.exchange import Exchange, Stage
 from proxy.protocols.kubernetes.http import Answer, Framing, HeadReader, Length, Malformed
-from proxy.protocols.kubernetes.masks import Plan, Redactor, Transformer, Unmaskable
+from proxy.protocols.kubernetes.masks import Redactor, Unmaskable
 from proxy.protocols.kubernetes.preview import MAX_OBJECT, Inquiry, Question
 from proxy.protocols.kubernetes.requests import (
     MAX_JUDGED_BODY,
     STREAMING,
     Body,
     Described,
-    Head,
-    Request,
     classify,
     describe,
 )
@@ -115,74 +107,6 @@ class State(enum.Enum):
     REFUSING = "refusing"
     DRAINING = "draining"
     CLOSED = "closed"
-
-
-class Stage(enum.Enum):
-    BODY = "body"
-    RULING = "ruling"
-    CREDENTIAL = "credential"
-    ANSWER = "answer"
-    RELAY = "relay"
-
-
-class Exchange:
-    """One request and its answer. What a stage has done with is let go, since a watch lasts for hours."""
-
-    __slots__ = (
-        "answer",
-        "approved",
-        "begun",
-        "body",
-        "chunked",
-        "closes",
-        "described",
-        "facts",
-        "framing",
-        "head",
-        "heard",
-        "id",
-        "inquiry",
-        "method",
-        "plan",
-        "refused",
-        "request",
-        "ruling",
-        "stage",
-        "streamed",
-        "transformer",
-        "unsent",
-    )
-
-    def __init__(self, id: int, head: Head, request: Request, framing: Framing) -> None:
-        self.id = id
-        self.method = head.method
-        self.head: Head | None = head
-        self.request: Request | None = request
-        self.framing = framing
-        self.closes = http.closes(head)
-        """Whether the connection ends with the answer."""
-        self.begun = False
-        """Whether the answer's head is on its way to the client."""
-        self.facts: RequestFacts = request.facts
-        self.stage = Stage.BODY
-        self.body: bytearray | None = bytearray() if request.body is Body.JUDGED else None
-        self.streamed = request.body is Body.STREAMED
-        self.described: Described | None = None
-        self.refused = 0
-        """The status of a request that is refused whatever the ruling on it says."""
-        self.ruling: Ruling | None = None
-        self.inquiry: Inquiry | None = None
-        self.approved = b""
-        """The warning that says who approved it."""
-        self.plan: Plan | None = None
-        self.answer: Answer | None = None
-        self.chunked = False
-        """Whether the client gets the answer's body in chunks."""
-        self.transformer: Transformer | None = None
-        self.unsent = False
-        """Whether the answer's head waits until the masks let the first bytes through."""
-        self.heard: bytearray | None = None
-        """What is kept of the answer: an answer to a question of our own, or a failure's message."""
 
 
 class KubernetesMachine:
@@ -712,10 +636,9 @@ class KubernetesMachine:
             return []
         exchange.stage = Stage.RELAY
         if exchange.plan is not None:
-            if method == "HEAD":
-                # the length of what is masked tells of it
-                answer.headers = [pair for pair in answer.headers if pair[0].lower() != b"content-length"]
-            elif answer.framing is not None:
+            # the length of what is masked tells of it, and a warning may quote it
+            answer.headers = [pair for pair in answer.headers if pair[0].lower() not in (b"content-length", b"warning")]
+            if answer.framing is not None:
                 encoding = answer.value(b"content-encoding").strip().lower()
                 try:
                     if encoding not in ("", "identity"):
@@ -723,7 +646,6 @@ class KubernetesMachine:
                     exchange.transformer = exchange.plan.transformer(answer.status, answer.value(b"content-type"))
                 except Unmaskable as unmaskable:
                     return self._replace(exchange, unmaskable)
-                answer.headers = [pair for pair in answer.headers if pair[0].lower() != b"content-length"]
         exchange.chunked = answer.framing is not None and (
             exchange.transformer is not None or not isinstance(answer.framing, Length)
         )

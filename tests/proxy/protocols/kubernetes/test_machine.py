@@ -8,17 +8,20 @@ import json
 import pytest
 
 from proxy.model import FieldMask, Operation, Ruling, TlsMode
+from proxy.protocols import registry
 from proxy.protocols.base import (
     AskCredential,
     AskLogin,
     AskRuling,
     Authenticated,
+    Close,
     Connect,
     Credential,
     PeerViolation,
     Refusal,
     StartTls,
     UpstreamFailed,
+    UpstreamReady,
 )
 from proxy.protocols.kubernetes import machine as module
 from proxy.protocols.kubernetes.http import CONTINUE
@@ -38,6 +41,7 @@ from tests.proxy.protocols.kubernetes.playing import (
     login,
     request,
     response,
+    target,
 )
 
 POD = json.dumps({"kind": "Pod", "apiVersion": "v1", "metadata": {"name": "web", "namespace": "shop"}}).encode()
@@ -448,6 +452,20 @@ def test_a_masked_watch_that_cannot_be_read_is_cut_off() -> None:
     assert player.closed and not player.answers()[0].whole and "masked" in player.done[0].error
 
 
+def test_warnings_of_the_server_pass_where_nothing_is_masked() -> None:
+    warned = response(SECRET, "200 OK", 'Warning: 299 - "the value aHVudGVyMg== is deprecated"')
+    player = Player(login=login((REDACT,))).client(request("GET", SECRETS + "/s")).server(warned)
+    assert player.answers()[0].header("warning") is None and b"aHVudGVyMg" not in player.sent[C]
+    player = Player().client(request()).server(warned)
+    assert player.answers()[0].header("warning") is not None
+
+
+def test_the_length_of_what_is_masked_is_not_told() -> None:
+    player = Player(login=login((REDACT,))).client(request("HEAD", SECRETS + "/s"))
+    player.server(b"HTTP/1.1 200 OK\r\nContent-Length: 500\r\n\r\n")
+    assert player.answers("HEAD")[0].header("content-length") is None and player.closed is None
+
+
 def test_what_is_hidden_is_not_found_and_not_asked_for() -> None:
     player = Player(login=login((HIDE,))).client(request("GET", PODS + "/hidden-1"))
     (answer,) = player.answers()
@@ -649,3 +667,23 @@ def test_everything_passes_with_a_mask_that_concerns_other_resources(
     player = Player(login=login(masks)).client(request("GET", "/apis/apps/v1/deployments"))
     player.server(response(b'{"items": [1]}'))
     assert player.answers()[0].body == b'{"items": [1]}'
+
+
+# --- an errand --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", [TlsMode.DISABLE, TlsMode.VERIFY_FULL])
+def test_a_visit_goes_as_far_as_tls_and_shows_no_credential(mode: TlsMode) -> None:
+    visit = registry.visit("kubernetes")
+    assert visit is not None
+    errand = visit(target(mode))
+    assert errand.begin() == [Connect()]
+    if mode is not TlsMode.DISABLE:
+        assert errand.notify(UpstreamReady()) == [StartTls(S, ("http/1.1",))]
+    assert errand.notify(UpstreamReady()) == [Close("")]
+    assert errand.notify(UpstreamFailed("its certificate was not accepted")) == [
+        Close("its certificate was not accepted")
+    ]
+    assert errand.eof(S) == [Close("the server closed the connection")] and errand.receive(S, b"220 hello") != [
+        Close("")
+    ]
