@@ -819,3 +819,49 @@ def test_asks_are_answered_by_their_own_connection() -> None:
     (ask,) = forwarded.session.open
     with pytest.raises(AssertionError):
         forwarded.session.tunnel.answer(AskRuling(ask.id + 1, ask.operation), ALLOW)
+
+
+def dialogues() -> list[tuple[Session, list[tuple[Side, bytes]]]]:
+    """A session of each kind that has just begun, and what its sides say."""
+    client, server = Speaker(), Speaker()
+    said = [
+        (CLIENT, client.pair(1, 80, "0") + client.pair(5, 5432, "1")),
+        (SERVER, server.syn_reply(1) + server.syn_reply(3)),
+        (CLIENT, data_frame(3, b"GET /") + control(9, b"\0\0\0\3\0\0\x10\0")),
+        (SERVER, data_frame(3, b"200 OK") + data_frame(3, b"", final=True) + data_frame(1, b"", final=True)),
+        (CLIENT, reset(3)),
+    ]
+    wrapped = [(side, client_ws(data) if side is CLIENT else ws(data)) for side, data in said]
+    over_channels = [
+        (SERVER, PREFIXES),
+        (CLIENT, client_ws(b"\0GET /") + client_ws(b"\2SELECT")),
+        (SERVER, ws(b"\0ok")),
+    ]
+
+    def rule(port: int) -> object:
+        return DENY if port == 5432 else ALLOW
+
+    return [
+        exec_over_channels("v5.channel.k8s.io", FAILED),
+        exec_over_channels("v4.base64.channel.k8s.io", FAILED),
+        (Session(tunnel("exec", "SPDY/3.1", "v4.channel.k8s.io")), exec_over_spdy(FAILED)),
+        (Forward(False, rule).session, said),
+        (Forward(True, rule).session, wrapped),
+        (channels(rule), over_channels),
+    ]
+
+
+@settings(max_examples=300)
+@given(st.integers(0, 5), st.integers(0, 20), st.integers(0, 600), st.integers(1, 255))
+def test_one_wrong_byte_raises_only_violations(kind: int, step: int, position: int, flip: int) -> None:
+    session, steps = dialogues()[kind]
+    try:
+        for number, (side, data) in enumerate(steps):
+            if number == step % len(steps):
+                at = position % len(data)
+                data = data[:at] + bytes((data[at] ^ flip,)) + data[at + 1 :]
+            session.feed(side, data)
+    except PeerViolation as violation:
+        assert str(violation)
+    session.end()
+    assert len([done for done in session.completed if done.id == ID]) == 1
