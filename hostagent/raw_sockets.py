@@ -10,15 +10,18 @@ DHCP clients are. Each image and kind is told once.
 
 Nothing is stopped: who has CAP_NET_RAW may write what it likes.
 
-Blind spot: the raw IP sockets of who is below no agent; the rules catch what they send.
+Blind spot: the raw IP sockets of who is below no agent, and of `iptables`, which makes one each time that it meets an
+address set; the rules catch what they send.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import cache
 
 import structlog
 
@@ -30,6 +33,7 @@ from proxy.model import UNATTRIBUTED, ProcessImage
 LOOK_S = 5.0
 _REMEMBERED_MAX = 4096
 _TOLD_MAX = 8
+_IPTABLES = ("iptables-nft", "iptables-legacy", "iptables")
 
 log = structlog.get_logger()
 
@@ -62,7 +66,7 @@ class RawSockets:
                 self._tell(f"a packet socket sent a frame{to}, past the rules", event.tgid, lineage)
             case abi.SENT_FRAME if self._suspect(lineage):
                 self._tell(f"a packet socket sent a frame{to}", event.tgid, lineage)
-            case abi.SENT_RAW_IP if self._suspect(lineage):
+            case abi.SENT_RAW_IP if self._suspect(lineage) and not _is_iptables(lineage):
                 self._tell("a raw IP socket was made", event.tgid, lineage)
 
     async def run(self) -> None:
@@ -110,3 +114,13 @@ class RawSockets:
             names = " > ".join(image.comm for image in lineage[-_TOLD_MAX:])
             by = f"process {tgid}, uid {lineage[-1].uid}, {self._name_chain(lineage)}: {names}"
         self._alerts.alert(f"{what}: process {tgid}", by=by, source=Source.SOCKET)
+
+
+def _is_iptables(lineage: tuple[ProcessImage, ...]) -> bool:
+    return bool(lineage) and (lineage[-1].device, lineage[-1].inode) in _iptables_files()
+
+
+@cache
+def _iptables_files() -> frozenset[tuple[int, int]]:
+    found = [os.stat(path) for name in _IPTABLES if (path := shutil.which(name)) is not None]
+    return frozenset((status.st_dev, status.st_ino) for status in found)

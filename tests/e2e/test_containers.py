@@ -7,9 +7,11 @@ import json
 import shutil
 import subprocess
 import textwrap
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ from tests.e2e.beds import DATABASE, JOB, Bed
 from tests.lab import cgroups
 from tests.lab.namespaces import ip, namespace, sysctl
 
+PODMANS = "10.89.0.0/24"
 GATE, CONTAINER, OTHER = "10.88.0.1", "10.88.0.2", "10.88.0.3"
 PSQL = ("psql", "-X", "-A", "-t", "-c")
 CONNINFO = f"host={DATABASE} dbname=shop user=agent sslmode=prefer"
@@ -162,9 +165,16 @@ def _forget(name: str) -> None:
     """Where version 1 hierarchies are mounted too, runc leaves the directories above its own in each of them."""
     for directory in Path("/sys/fs/cgroup").glob(f"*/{name}"):
         if directory.parent != mount_point():
-            for below in [*directory.iterdir(), directory]:
-                if below.is_dir():
-                    below.rmdir()
+            for below in sorted({directory, *directory.glob("**/")}, reverse=True):
+                _await_empty(below)
+                below.rmdir()
+
+
+def _await_empty(cgroup: Path) -> None:
+    """podman's monitor of a container ends a moment after it."""
+    deadline = time.monotonic() + 5
+    while (cgroup / "cgroup.procs").read_text() and time.monotonic() < deadline:
+        time.sleep(0.02)
 
 
 def test_an_agent_in_a_container_of_runc_is_known_by_its_file(hosts: Hosts) -> None:
@@ -192,3 +202,55 @@ def test_an_agent_in_a_container_of_runc_is_known_by_its_file(hosts: Hosts) -> N
     session = bed.sessions()[0]
     assert session["chain"] == "job > contained"
     assert str(session["peer"]).startswith(f"{CONTAINER}:")
+
+
+# podman writes to places of its own and of its network programs: here each is in its test's directory, or a file system
+# that goes with the mount namespace
+PODMAN = """\
+set -e
+mount --make-rprivate /
+mkdir -p /var/lib/cni /run/netns /run/containers
+for place in /var/lib/cni /run/netns /run/containers; do mount -t tmpfs none $place; done
+cd {place}
+export CONTAINERS_CONF={place}/containers.conf
+podman="podman --root {place}/root --runroot {place}/run --storage-driver vfs --cgroup-manager cgroupfs"
+$podman import --quiet rootfs.tar hopgate-test >import.log 2>&1 || {{ cat import.log; exit 1; }}
+$podman run --rm --net bridge --cgroup-parent /{parent} --ulimit nofile=1024:1024 --ulimit nproc=4096:4096 \
+    hopgate-test /usr/bin/psql "$@"
+"""
+CONTAINERS_CONF = """\
+[network]
+network_config_dir = "{place}/networks"
+default_subnet = "{subnet}"
+[engine]
+runtime = "runc"
+events_logger = "none"
+tmp_dir = "{place}/tmp"
+[containers]
+log_driver = "k8s-file"
+"""
+
+
+def test_a_client_in_a_container_of_podman_on_its_own_bridge_is_served(hosts: Hosts) -> None:
+    """The bridge, its addresses and its rules are podman's, in the gateway's namespace; podman finds the tables with
+    Hopgate's chains in them, and Hopgate's jumps are back in front when podman has put its own there."""
+    bed = hosts.bed
+    place = bed.directory / "podman"
+    place.mkdir()
+    _root_filesystem(place / "rootfs")
+    subprocess.run(["tar", "-C", str(place / "rootfs"), "-cf", str(place / "rootfs.tar"), "."], check=True)
+    (place / "containers.conf").write_text(CONTAINERS_CONF.format(place=place, subnet=PODMANS))
+    bed.gateway.write_policy(JOB + "targets:\n" + beds.target("shop", f"{DATABASE}:5432") + beds.rules())
+    bed.gateway.cli("reload")
+    script = PODMAN.format(place=place, parent=f"{bed.gateway.cgroup.name}/podman")
+    psql = [*PSQL[1:], "SELECT 'contained'", CONNINFO]
+    try:
+        said = hosts.run(bed.runner, ["unshare", "--mount", "sh", "-c", script, "sh", *psql])
+    finally:
+        _forget(bed.gateway.cgroup.name)
+    assert said == "contained"
+    session = bed.sessions()[0]
+    assert (session["chain"], session["target"]) == ("job", "shop")
+    assert ip_address(str(session["peer"]).rpartition(":")[0]) in ip_network(PODMANS)
+    # podman's network programs ran iptables, below an agent
+    assert "raw IP socket" not in bed.gateway.log()
