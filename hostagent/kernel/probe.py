@@ -8,6 +8,7 @@ Blind spot: the instructions are written for little-endian hosts.
 from __future__ import annotations
 
 import ctypes
+import mmap
 import os
 import shutil
 import tempfile
@@ -33,6 +34,8 @@ def features() -> Iterator[tuple[str, Callable[[], None], str]]:
     yield "hash, queue and LPM maps", _maps, "boot a kernel with CONFIG_BPF_SYSCALL; let nothing take CAP_BPF away"
     yield "raw tracepoints", _raw_tracepoint, "boot a kernel with CONFIG_BPF_EVENTS; let nothing take CAP_PERFMON away"
     yield "sock_ops on a cgroup", _sock_ops, "boot a kernel with CONFIG_CGROUP_BPF (Linux 5.15 or newer has all of it)"
+    yield "packets of a cgroup", _packets, "boot a kernel with CONFIG_CGROUP_BPF; without it `intercept: all` cannot be"
+    yield "ring buffer", _ring, "boot a kernel with CONFIG_BPF_SYSCALL (Linux 5.8 or newer has ring buffers)"
     yield "netfilter rules", _rules, "modprobe -a xt_REDIRECT xt_set xt_cgroup xt_mark xt_conntrack ip_set_hash_net"
 
 
@@ -96,6 +99,24 @@ def _sock_ops() -> None:
         os.close(program)
 
 
+def _packets() -> None:
+    program = bpf.program_load(bpf.CGROUP_SKB, _COOKIE + _END)
+    try:
+        with _cgroup() as directory:
+            target = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                for hook in (bpf.CGROUP_INET_EGRESS, bpf.CGROUP_INET_INGRESS):
+                    os.close(bpf.link_create(program, target, hook))
+            finally:
+                os.close(target)
+    finally:
+        os.close(program)
+
+
+def _ring() -> None:
+    os.close(bpf.map_create(27, 0, 0, mmap.PAGESIZE))
+
+
 def _rules() -> None:
     """The rules themselves, in a network namespace that ends with the thread."""
     failed: list[Exception] = []
@@ -151,5 +172,6 @@ _END = _move(0, 1) + bytes([0x95, 0, 0, 0, 0, 0, 0, 0])
 _STACK = bytes([0x7A, 10, 0xF8, 0xFF, 0, 0, 0, 0])
 """Stores 0 in the eight bytes below the frame pointer."""
 _READ_KERNEL = _copy(1, 10) + _add(1, -8) + _move(2, 8) + _move(3, 0) + _call(113)
+_COOKIE = _copy(6, 1) + _call(46)
 _NETNS_COOKIE = _copy(6, 1) + _call(122)
 _SET_MARK = _STACK + _copy(1, 6) + _move(2, 1) + _move(3, 36) + _copy(4, 10) + _add(4, -8) + _move(5, 4) + _call(49)
