@@ -35,6 +35,7 @@ _MAX_SIZE_LINE = 18
 _UNREADABLE = re.compile(rb"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]|(?<!\r)\n|\r[^\n]|\r\n[ \t]")
 _TEXT = bytes(byte for byte in range(256) if byte == 0x09 or (byte >= 0x20 and byte != 0x7F))
 _SIZE = re.compile(rb"[0-9A-Fa-f]{1,16}")
+_PATH = re.compile(r"/[\x21-\x7e]*")
 _DIGITS = re.compile(r"[0-9]{1,18}")
 _HOST = re.compile(r"[A-Za-z0-9._~-]+(:[0-9]{1,5})?|\[[0-9A-Fa-f:.]+\](:[0-9]{1,5})?")
 _LENGTH_LINE = re.compile(rb"\r\ncontent-length:[ \t]*([^\r]*?)[ \t]*(?=\r)", re.I)
@@ -185,6 +186,8 @@ def forwarded(head: Head) -> Headers:
 
 def write_request(method: str, target: str, headers: Headers) -> bytes:
     """A head for the server. Raises `ValueError` for what no head can hold."""
+    if not _PATH.fullmatch(target):
+        raise ValueError("a request target is no path")
     return _written(f"{method} {target} HTTP/1.1".encode("latin-1"), headers)
 
 

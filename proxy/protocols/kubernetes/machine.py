@@ -418,12 +418,11 @@ class KubernetesMachine:
         facts = described.operation.requests[0]
         if self._redactor is not None:
             exchange.plan = self._redactor.plan(facts)
-            if not refused and (why := self._redactor.objection(facts)):
-                refused = 403
         if refused:
             operation = dataclasses.replace(described.operation, unclassified=why)
             described = Described(operation, b"", "")
-        exchange.refused = refused
+        # what could not be classified is denied by every judge; here it could not even be written
+        exchange.refused = refused or (403 if described.operation.unclassified else 0)
         exchange.body = None
         exchange.described = described
         exchange.facts = facts
@@ -448,6 +447,7 @@ class KubernetesMachine:
         if self._server_left:
             return self._turn_away(exchange, 503, f"the server closed the connection meanwhile; {HINT_AGAIN}")
         exchange.approved = answers.warning(ruling)
+        exchange.record_input = ruling.record_input
         if exchange.plan is not None and (hidden := exchange.plan.not_found) is not None:
             return self._turn_away(exchange, 404, answers.told(hidden), body=hidden)
         exchange.stage = Stage.CREDENTIAL
@@ -763,7 +763,13 @@ class KubernetesMachine:
         assert exchange.head is not None
         try:
             tunnel = streams.open_tunnel(
-                exchange.id, exchange.facts, exchange.head, answer.upgrade, answer.headers, self._next_id
+                exchange.id,
+                exchange.facts,
+                exchange.head,
+                answer.upgrade,
+                answer.headers,
+                self._next_id,
+                record_input=exchange.record_input,
             )
         except streams.Unspoken as unspoken:
             raise Malformed(str(unspoken)) from None

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proxy.model import FieldMask, Ruling
-from proxy.protocols.base import Ask, AskCredential, AskRuling, Credential, PeerViolation, Refusal, Reply
+from proxy.protocols.base import AskCredential, AskRuling, Credential, PeerViolation, Refusal, Reply
 from tests.proxy.protocols.kubernetes.playing import (
     ALLOW,
     APPROVED,
@@ -67,7 +67,7 @@ class Play:
         self.allowed: set[int] = set()
         self.previewed: set[int] = set()
 
-    def open(self) -> list[Ask]:
+    def open(self) -> list[AskRuling | AskCredential]:
         """The questions that nobody answered yet."""
         asks = [command for command in self.player.said if isinstance(command, AskRuling | AskCredential)]
         return [ask for ask in asks if id(ask) not in self.answered]
@@ -90,7 +90,30 @@ class Play:
 
 
 Act = Callable[[Play], object]
-acts = st.one_of(
+
+
+def natural(choice: int) -> Act:
+    """What would come next if nobody did anything odd."""
+
+    def act(play: Play) -> None:
+        asks = play.open()
+        if asks and isinstance(asks[-1], AskCredential):
+            play.reply(AskCredential, Credential(TOKEN))
+        elif play.player.machine._question is not None and choice % 4:
+            play.player.server(ANSWERS[choice % len(ANSWERS)])
+        elif asks and choice % 3 and asks[-1].id not in play.previewed:
+            play.preview()
+        elif asks:
+            play.reply(AskRuling, [ALLOW, APPROVED, ALLOW, DENY][choice % 4])
+        elif play.player.machine._exchange is not None:
+            play.player.server(ANSWERS[choice % len(ANSWERS)])
+        else:
+            play.player.client(REQUESTS[choice % len(REQUESTS)])
+
+    return act
+
+
+odd = st.one_of(
     st.sampled_from(REQUESTS).map(lambda data: lambda play: play.player.client(data)),
     st.sampled_from(ANSWERS).map(lambda data: lambda play: play.player.server(data)),
     st.tuples(st.sampled_from(REQUESTS), st.integers(1, 200)).map(
@@ -105,6 +128,8 @@ acts = st.one_of(
     ),
     st.just(lambda play: play.preview()),
 )
+usual = st.lists(st.integers(0, 10_000).map(natural), min_size=8, max_size=40)
+oddities = st.lists(st.tuples(st.integers(0, 40), odd), max_size=3)
 ends: st.SearchStrategy[Act] = st.sampled_from(
     [
         lambda play: play.player.carry_out(play.player.machine.eof(C)),
@@ -116,9 +141,13 @@ ends: st.SearchStrategy[Act] = st.sampled_from(
 
 @pytest.mark.parametrize("masks", [(), (REDACT,)], ids=["plain", "masked"])
 @settings(max_examples=1500, deadline=None)
-@given(acts=st.lists(acts, max_size=25), end=ends)
-def test_any_order_of_events_is_survived(masks: tuple[FieldMask, ...], acts: list[Act], end: Act) -> None:
+@given(acts=usual, oddities=oddities, end=ends)
+def test_any_order_of_events_is_survived(
+    masks: tuple[FieldMask, ...], acts: list[Act], oddities: list[tuple[int, Act]], end: Act
+) -> None:
     play = Play(masks)
+    for position, oddity in oddities:
+        acts.insert(position, oddity)
     player = play.player
     try:
         for act in [*acts, end]:
