@@ -287,8 +287,8 @@ class Session:
     def lost(self, side: Side) -> None:
         """One side's socket is gone."""
         if not self._closing:
-            # a reset comes without an end of file before it, and the other side has to hear of it all the same
-            if self.machine is not None and side is Side.SERVER:
+            # a reset comes without an end of file before it, and so does the end of TLS: what runs has to hear of it
+            if self.machine is not None:
                 self.ended(side)
             self._close(f"the {side.value} disconnected")
             if side is Side.CLIENT:
@@ -853,4 +853,5 @@ def _after_hold(ruling: Ruling, approval: str, outcome: str, by: str, why: str) 
         hint="" if granted else "ask again, and have somebody on the runner approve it in time",
         policy_version=ruling.policy_version,
         cancelled=outcome == CANCELLED,
+        record_input=ruling.record_input,
     )

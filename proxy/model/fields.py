@@ -17,7 +17,6 @@ from __future__ import annotations
 import enum
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 MAX_LENGTH = 1024
@@ -38,14 +37,7 @@ class Star(enum.Enum):
     STAR = "*"
 
 
-class Removed(enum.Enum):
-    """What a function given to `FieldPath.apply` returns for a value that is to go."""
-
-    REMOVED = "removed"
-
-
 STAR = Star.STAR
-REMOVED = Removed.REMOVED
 
 Step = str | Star
 
@@ -83,19 +75,6 @@ class FieldPath:
     def select(self, document: object) -> list[object]:
         """The values that the path names in a decoded object, in the order in which they stand."""
         return _follow([document], self.steps)
-
-    def apply(self, document: object, function: Callable[[object], object]) -> int:
-        """Puts `function(value)` in the place of each value that the path names, inside the object itself; a value for
-        which it returns `REMOVED` goes. Returns how many values it named."""
-        *way, last = self.steps
-        count = 0
-        for container in _follow([document], way):
-            if isinstance(container, dict):
-                count += _apply_to_object(container, last, function)
-            elif isinstance(container, list) and last is STAR:
-                count += len(container)
-                container[:] = [new for value in container if (new := function(value)) is not REMOVED]
-        return count
 
     def touches(self, pointer: str) -> bool:
         """Whether a JSON pointer (RFC 6901), as in a JSON patch, could name a field of this path, something inside one,
@@ -153,14 +132,3 @@ def _follow(documents: list[object], steps: tuple[Step, ...] | list[Step]) -> li
         else:
             found = [each[step] for each in found if isinstance(each, dict) and step in each]
     return found
-
-
-def _apply_to_object(container: dict[str, object], last: Step, function: Callable[[object], object]) -> int:
-    keys = list(container) if last is STAR else [last] if last in container else []
-    for key in keys:
-        new = function(container[key])
-        if new is REMOVED:
-            del container[key]
-        else:
-            container[key] = new
-    return len(keys)

@@ -32,7 +32,8 @@ class Ruling:
     """The met decision, one reason a hop (root first), and what the person who was denied may do next.
 
     `message` and `hint` are ready for the client; `hold_timeout_s` counts when the decision is `hold`. `cancelled` says
-    that it was the client itself who no longer wanted it, while it was held.
+    that it was the client itself who no longer wanted it, while it was held. `record_input` is an obligation: what is
+    typed into the operation goes on record too.
     """
 
     decision: Decision
@@ -42,3 +43,4 @@ class Ruling:
     policy_version: str
     hold_timeout_s: float = 0.0
     cancelled: bool = False
+    record_input: bool = False

@@ -209,6 +209,7 @@ def _compile_requests(rule: Rule, requests: Requests, protected: frozenset[int])
             for each in requests.where
         ),
         protected=protected,
+        record_input=requests.record_input,
         timeout_s=rule.timeout_s,
         hint=rule.hint,
     )

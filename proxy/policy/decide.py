@@ -110,6 +110,7 @@ class Judge:
             hold_timeout_s=min(verdict.timeout_s for verdict in verdicts if verdict.decision == decision)
             if decision == Decision.HOLD
             else 0.0,
+            record_input=any(verdict.record_input for verdict in verdicts),
         )
 
     def _hop(self, hop: Hop, operation: Operation) -> Verdict:
@@ -125,15 +126,18 @@ class Judge:
         verdicts = hop.judge(operation, self._derived)
         decision = max(verdict.decision for verdict in verdicts)
         decisive = next(verdict for verdict in verdicts if verdict.decision == decision)
+        record_input = any(verdict.record_input for verdict in verdicts)
         if decision == Decision.ALLOW:
-            return Verdict(decision, joined(verdict.rule for verdict in verdicts), decisive.text)
+            rules = joined(verdict.rule for verdict in verdicts)
+            return Verdict(decision, rules, decisive.text, record_input=record_input)
         if decision == Decision.HOLD and operation.phase == Phase.PREPARE:
             text = f"agent `{hop.agent}` may prepare this; it is held when executed"
             return Verdict(Decision.ALLOW, decisive.rule, f"{text} (rule `{decisive.rule}`)")
         if decision == Decision.HOLD:
             held = [verdict for verdict in verdicts if verdict.decision == decision]
             rule = joined(verdict.rule for verdict in held)
-            return Verdict(decision, rule, decisive.text, decisive.hint, min(verdict.timeout_s for verdict in held))
+            timeout_s = min(verdict.timeout_s for verdict in held)
+            return Verdict(decision, rule, decisive.text, decisive.hint, timeout_s, record_input)
         return decisive
 
 

@@ -130,6 +130,9 @@ class RuleEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     where: Annotated[
         tuple[ConditionEntry, ...], msgspec.Meta(description="Kubernetes create, update, patch: all have to hold")
     ] = ()
+    record: Annotated[
+        Literal["", "input"], msgspec.Meta(description="Kubernetes exec, attach: `input` records what is typed, too")
+    ] = ""
     timeout: Duration | None = None
     hint: Annotated[str, msgspec.Meta(description="what the denied person may do next")] = ""
     masks: tuple[MaskEntry, ...] = ()
@@ -204,6 +207,7 @@ class Requests(msgspec.Struct, frozen=True):
     commands: tuple[str, ...] = ()
     ports: tuple[int, ...] = ()
     where: tuple[Where, ...] = ()
+    record_input: bool = False
 
 
 class Rule(msgspec.Struct, frozen=True):

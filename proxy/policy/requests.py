@@ -49,7 +49,7 @@ _SELECTING = frozenset({"list", "watch", "deletecollection"})
 class RequestRule:
     """One rule, its words turned into sets and patterns. Empty: any. `restricts` are the verbs that a restriction
     concerns, `every_verb` says that a star stands among them; `paths` are given in place of `resources`; `protected`
-    are the ports that have to be named in `ports`."""
+    are the ports that have to be named in `ports`; `record_input` says that what is typed goes on record."""
 
     name: str
     decision: Decision
@@ -64,6 +64,7 @@ class RequestRule:
     ports: frozenset[int]
     where: tuple[Condition, ...]
     protected: frozenset[int]
+    record_input: bool
     timeout_s: float
     hint: str
 
@@ -170,7 +171,9 @@ class RequestHop:
         leak = self._leak(facts)
         if leak is not None:
             return leak
-        return self._grant(facts, demands, inside)
+        verdict = self._grant(facts, demands, inside)
+        recorded = any(rule.record_input and rule.touches(facts) for rule in (*self.allows, *self.holds))
+        return replace(verdict, record_input=True) if recorded else verdict
 
     def _grant(self, facts: RequestFacts, demands: list[RequestFacts], inside: bool) -> Verdict:
         held: list[RequestRule] = []

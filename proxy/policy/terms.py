@@ -14,7 +14,7 @@ from proxy.policy.document import ConditionEntry, MaskEntry, ObjectMask, Request
 from proxy.policy.names import BadName
 from proxy.policy.resources import CONNECTING, METHODS, VERBS, Glob, ResourcePattern, expand
 
-KEYS = ("verbs", "resources", "paths", "namespaces", "names", "commands", "ports", "where")
+KEYS = ("verbs", "resources", "paths", "namespaces", "names", "commands", "ports", "where", "record")
 """Keys of a rule that speak of requests."""
 
 _NAME_GLOB = re.compile(r"[A-Za-z0-9.:_*-]+")
@@ -50,6 +50,7 @@ class RequestTerms:
             commands=self._each("commands", words(entry.commands), Glob.parse),
             ports=ports,
             where=tuple(self._condition(index, each) for index, each in enumerate(entry.where)),
+            record_input=entry.record == "input",
         )
         if not resources and not paths:
             self._complain(self._at("verbs"), f"rule `{entry.name}` has no `resources`, and no `paths`")
@@ -99,6 +100,11 @@ class RequestTerms:
                 self._complain(
                     self._at(key), f"`{key}` is of `pods/{subresource}`: rule `{self._entry.name}` has other resources"
                 )
+
+        terminals = all(word.partition("/")[2] in ("exec", "attach") for word in requests.resources)
+        if requests.record_input and (not terminals or not requests.resources or self._entry.decision == "deny"):
+            why = f"`record` is of `pods/exec` and `pods/attach` that rule `{self._entry.name}` grants"
+            self._complain(self._at("record"), why)
 
     def _condition(self, index: int, entry: ConditionEntry) -> Where:
         def complain(key: str, message: str) -> None:

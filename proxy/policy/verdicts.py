@@ -13,13 +13,15 @@ HINT_DENY = "a rule forbids this; ask those who keep the policy"
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A decision, the rules that it comes from, and why, in words for the client."""
+    """A decision, the rules that it comes from, and why, in words for the client. `record_input` is an obligation:
+    what is typed goes on record."""
 
     decision: Decision
     rule: str
     text: str
     hint: str = ""
     timeout_s: float = DEFAULT_HOLD_S
+    record_input: bool = False
 
 
 def missing(agent: str, deed: str, what: str, why: str = "no rule allows it") -> Verdict:

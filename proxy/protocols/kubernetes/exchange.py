@@ -47,6 +47,7 @@ class Exchange:
         "inquiry",
         "method",
         "plan",
+        "record_input",
         "refused",
         "request",
         "ruling",
@@ -74,6 +75,8 @@ class Exchange:
         self.refused = 0
         """The status of a request that is refused whatever the ruling on it says."""
         self.ruling: Ruling | None = None
+        self.record_input = False
+        """Whether what is typed goes on record too."""
         self.inquiry: Inquiry | None = None
         self.approved = b""
         """The warning that says who approved it."""

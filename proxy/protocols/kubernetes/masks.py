@@ -33,14 +33,12 @@ Helm keeps its releases, with every value in them, in `Secret.data`: it does not
 Blind spots, for a policy to deny or to mask under their own names: what Pods write (logs, exec, `pods/proxy`); the same
 value in another resource (the environment of a Deployment is in its ReplicaSets, Pods and ControllerRevisions; Events
 quote); copies that other tools than kubectl keep in annotations; an aggregated API that shows built-in objects as
-resources of its own; the `Warning` header; that a JSON patch can test or copy a field that it does not show
-(`Redactor.objection` tells); `resourceVersion`, counts and the `continue` token of a list, which holds the name of the
-last object of the page, hidden or not.
+resources of its own; the `Warning` header; `resourceVersion`, counts and the `continue` token of a list, which holds
+the name of the last object of the page, hidden or not.
 """
 
 from __future__ import annotations
 
-import base64
 import re
 from collections.abc import Callable, Generator, Iterable, Sequence
 from typing import Final
@@ -51,7 +49,7 @@ from proxy.model import FieldMask, RequestFacts
 from proxy.model.fields import STAR, FieldPath
 from proxy.protocols.kubernetes.fields import MaskSet, Rule
 from proxy.protocols.kubernetes.values import MAX_VALUE, Oversized, Values
-from proxy.protocols.kubernetes.view import GONE, REDACTED, Members, Unmaskable, View, not_found
+from proxy.protocols.kubernetes.view import GONE, Members, Unmaskable, View, not_found
 
 __all__ = ["Plan", "Redactor", "Transformer", "Unmaskable"]
 
@@ -110,25 +108,6 @@ class Redactor:
             return Plan(self._masks, facts, asked, rules) if _hidden(rules, facts) else None
         return Plan(self._masks, facts, asked, rules) if rules else None
 
-    def objection(self, facts: RequestFacts) -> str:
-        """What is wrong with a request in view of the masks, in words for the client; empty when nothing is.
-
-        A JSON patch that tests, copies or moves a masked field tells its value without showing it. A selector on one
-        does too. A body that holds what `redact` made of a value would store that in its place."""
-        if not self._masks or not facts.resource:
-            return ""
-        for rule in self._masks.rules(_asked(facts)):
-            path = rule.path
-            if path is None or not rule.meets(facts.namespace, facts.name):
-                continue
-            if facts.patch == "json" and _patch_reads(facts.body, path):
-                return f"the patch tests or copies `{path}`, which is masked"
-            if _selector_reads(facts, path):
-                return f"the selector asks about `{path}`, which is masked"
-            if _holds_redacted(facts, path):
-                return f"the request would store `{REDACTED}` in `{path}`: what a mask shows is no value to write back"
-        return ""
-
 
 def _asked(facts: RequestFacts) -> frozenset[str]:
     """The names by which a mask can mean the resource of a request: with its subresource and without."""
@@ -143,37 +122,6 @@ def _hidden(rules: Iterable[Rule], facts: RequestFacts) -> bool:
     if facts.verb == "create" and not facts.subresource:
         return False
     return any(rule.hides and rule.meets(facts.namespace, facts.name) for rule in rules)
-
-
-def _patch_reads(body: object, path: FieldPath) -> bool:
-    if not isinstance(body, list):
-        return True
-    for step in body:
-        if not isinstance(step, dict):
-            return True
-        pointer = {"test": "path", "copy": "from", "move": "from"}.get(str(step.get("op")))
-        if pointer is not None and path.touches(str(step.get(pointer, ""))):
-            return True
-    return False
-
-
-def _selector_reads(facts: RequestFacts, path: FieldPath) -> bool:
-    if facts.label_selector and path.touches("/metadata/labels"):
-        return True
-    fields = re.findall(r"(?:^|,)([^=!,]+)", facts.field_selector)
-    return any(path.touches("/" + field.strip().replace(".", "/")) for field in fields)
-
-
-def _holds_redacted(facts: RequestFacts, path: FieldPath) -> bool:
-    encoded = base64.b64encode(REDACTED.encode()).decode()
-    if facts.patch == "json":
-        written = [
-            step.get("value")
-            for step in (facts.body if isinstance(facts.body, list) else ())
-            if isinstance(step, dict) and path.touches(str(step.get("path", "")))
-        ]
-        return any(value in (REDACTED, encoded) for value in written)
-    return any(value in (REDACTED, encoded) for value in path.select(facts.body))
 
 
 class Plan:

@@ -23,6 +23,7 @@ from urllib.parse import quote
 import msgspec
 
 from proxy.model import Operation, OperationKind, Phase, RequestFacts
+from proxy.protocols.kubernetes.commands import told
 from proxy.protocols.kubernetes.protobuf import ProtobufUnreadable, read_protobuf
 from proxy.protocols.kubernetes.scrub import scrubbed, scrubbed_words
 from proxy.protocols.kubernetes.yaml import YamlUnreadable, read_yaml
@@ -441,4 +442,6 @@ def tell(facts: RequestFacts) -> str:
         text += f" to {', '.join(map(str, facts.ports))}"
     if facts.command:
         text += f": {' '.join(facts.command)}"
+        copies = told(facts.command)
+        text += f" ({copies})" if copies else ""
     return text + (" (dry run)" if facts.dry_run else "")

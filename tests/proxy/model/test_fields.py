@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.model.fields import MAX_LENGTH, MAX_STEPS, REMOVED, STAR, BadFieldPath, FieldPath
+from proxy.model.fields import MAX_LENGTH, MAX_STEPS, STAR, BadFieldPath, FieldPath
 
 POD: dict[str, Any] = {
     "kind": "Pod",
@@ -94,30 +93,6 @@ def test_what_is_no_path_is_refused_with_what_to_write(text: str, words: str) ->
 )
 def test_select_names_the_values_in_order(text: str, values: list[str]) -> None:
     assert FieldPath.parse(text).select(POD) == values
-
-
-def test_apply_changes_what_select_names_and_nothing_else() -> None:
-    pod = copy.deepcopy(POD)
-    assert FieldPath.parse("spec.containers[*].env[*].value").apply(pod, lambda value: f"<{value}>") == 2
-    assert [env.get("value") for each in pod["spec"]["containers"] for env in each.get("env", ())] == [
-        "<1>",
-        None,
-        "<3>",
-    ]
-    pod["spec"]["containers"][0]["env"][0]["value"] = "1"
-    pod["spec"]["containers"][2]["env"][0]["value"] = "3"
-    assert pod == POD
-
-
-def test_apply_removes_from_objects_and_lists() -> None:
-    document = {"a": {"x": 1, "y": "s"}, "b": [1, "s", 2]}
-
-    def strings_only(value: object) -> object:
-        return value if isinstance(value, str) else REMOVED
-
-    FieldPath.parse("a.*").apply(document, strings_only)
-    FieldPath.parse("b[*]").apply(document, strings_only)
-    assert document == {"a": {"y": "s"}, "b": ["s"]}
 
 
 @pytest.mark.parametrize(

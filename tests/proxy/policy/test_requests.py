@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from proxy.model import Decision, Operation, OperationKind, Phase, Ruling
-from proxy.policy import CompiledPolicy, Judge, load, resolve
+from proxy.policy import CompiledPolicy, Judge, PolicyError, load, resolve
 from proxy.policy.testing import request
 from proxy.protocols.kubernetes.requests import Head, classify, describe, tell
 
@@ -867,3 +867,30 @@ def test_what_comes_from_a_client_is_ruled_alike(judge: Bench, operation: Operat
 def test_a_test_of_a_policy_spells_requests_as_recordings_do(text: str) -> None:
     (facts,) = request(text).requests
     assert tell(facts) == text
+
+
+# --- what goes on record ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("decision", ["allow", "hold"])
+def test_what_is_typed_goes_on_record_where_any_hop_says_so(judge: Bench, decision: str) -> None:
+    shell = rule("shell", decision, "create", "pods/exec", commands="sh", record="input", agents="B")
+    plain = rule("plain", "allow", "create", ["pods/exec", "pods/attach"])
+    both = judge(shell, plain, plain | {"name": "too", "agents": "B"}, chain="A B")
+    assert ruled(both, "create pods/x exec in shop: sh").record_input
+    assert not ruled(both, "create pods/x exec in shop: ls").record_input
+    assert not ruled(both, "create pods/x attach in shop").record_input
+    assert not ruled(judge(shell, plain), "create pods/x exec in shop: sh").record_input
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        rule("r", "allow", "create", ["pods/exec", "pods"], record="input"),
+        rule("r", "deny", "create", "pods/exec", record="input"),
+        rule("r", "allow", "get", paths=["/x"], record="input"),
+    ],
+)
+def test_only_a_terminal_that_is_granted_has_input_to_record(tmp_path: Path, wrong: Any) -> None:
+    with pytest.raises(PolicyError, match="`record` is of"):
+        policy(tmp_path, wrong)

@@ -95,7 +95,7 @@ OBJECTS: list[tuple[str, Mapping[str, Any]]] = [
             "apiVersion": "v1",
             "kind": "Service",
             "metadata": {"name": "all"},
-            "spec": {"ports": [{"name": "a", "port": 80, "targetPort": "w"}, {"name": "b", "port": 8, "targetPort": 9}]},
+            "spec": {"ports": [{"name": "a", "port": 80, "targetPort": "w"}, {"name": "b", "port": 8}]},
         },
     ),
     (
