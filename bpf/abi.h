@@ -144,6 +144,17 @@ struct hopgate_stream {
 	__u8 head[STREAM_HEAD];
 };
 
+/* The walk through a client's first TLS record, as far as the bytes have come. Offsets are in the stream. */
+struct hopgate_hello {
+	__u64 number;	/* the bytes that were read for what comes next */
+	__u32 at;	/* the next byte that is of interest */
+	__u32 next;	/* the first that has not come yet */
+	__u32 left;	/* bytes of the list of protocols */
+	__u8 stage;	/* 0 before it begins */
+	__u8 need;	/* bytes that are missing of the number */
+	__u16 unused;
+};
+
 /* A connection that is looked at: the storage of its socket. */
 struct hopgate_watch {
 	struct hopgate_connect_key key;
@@ -155,6 +166,7 @@ struct hopgate_watch {
 	__u32 found;	/* PROTOCOL_… */
 	struct hopgate_stream sent;
 	struct hopgate_stream received;
+	struct hopgate_hello hello;
 };
 
 #define EVENT_HIDDEN 1		/* a protocol is spoken to what is no target; `detail` is PROTOCOL_… */

@@ -19,7 +19,7 @@
  *
  * Blind spots: connections older than the attachment have no storage; bytes that the sender's program changes between
  * this look and the network card (splice, MSG_ZEROCOPY), which the server's side may still show; what is inside IPsec;
- * TLS that does not say in its first record what it carries; ALPN beyond TLS_STEPS.
+ * TLS whose first record does not offer a database's protocol (ALPN) within what TLS_STEPS reads.
  */
 
 BPF_TABLE_PINNED("hash", struct hopgate_file_key, u32, agent_files, AGENT_FILES_MAX, PINS "/agent_files",
@@ -35,6 +35,13 @@ BPF_TABLE_PINNED("hash", u64, u64, unwatched, UNWATCHED_MAX, PINS "/unwatched", 
 #define TCP_SYN 0x02
 
 #define NOTHING 0xff	/* no protocol that is looked for begins like this; 0 while it still may */
+#define TLS_HELLO 0xfe	/* a ClientHello of TLS, which may offer one */
+
+#define TLS_STEPS 160	/* bytes of a ClientHello that are read of one segment; the rest is skipped */
+#define TLS_SESSION 43	/* where in the stream the length of the session id is */
+#define TLS_ALPN 16
+#define ALPN_POSTGRESQL 0x737467726573716cull
+#define ALPN_TDS 0x7464732f382e30ull
 
 /* --- who is looked at --------------------------------------------------------------------------------------------- */
 
@@ -260,7 +267,95 @@ static inline u32 judge_client(u8 *head, u32 n)
 			return PROTOCOL_REDIS;
 		may |= found;
 	}
-	return may ? 0 : NOTHING;
+	if (may)
+		return 0;
+	if (MAY(0, head[0] == 0x16) && MAY(1, head[1] == 3) && MAY(5, head[5] == 1))
+		return n > 5 ? TLS_HELLO : 0;
+	return NOTHING;
+}
+
+enum { HELLO_SESSION = 1, HELLO_CIPHERS, HELLO_COMPRESSION, HELLO_EXTENSION, HELLO_NAME_LENGTH, HELLO_NAME };
+
+/*
+ * Walks on through a ClientHello (RFC 8446, 4.1.2) to the protocols that it offers (RFC 7301). Returns a protocol, 0
+ * while more has to come, or NOTHING. What lies beyond the first record is not walked through.
+ */
+static inline u32 walk_hello(struct __sk_buff *skb, struct segment *segment, u32 start, u32 record,
+			     struct hopgate_hello *hello)
+{
+	u32 end = start + segment->length;
+
+	for (int step = 0; step < TLS_STEPS; step++) {
+		u32 at = hello->at;
+		u8 byte = 0;
+
+		if (at >= record)
+			return NOTHING;
+		if ((s32)(end - at) <= 0)
+			return 0;
+		if (bpf_skb_load_bytes(skb, segment->data + (at - start), &byte, 1))
+			return NOTHING;
+		hello->number = hello->number << 8 | byte;
+		hello->at = ++at;
+		if (--hello->need)
+			continue;
+
+		u64 number = hello->number;
+		u32 length = number & 0xffff;
+
+		hello->number = 0;
+		switch (hello->stage) {
+		case HELLO_SESSION:
+			hello->at = at + length;
+			hello->need = 2;
+			hello->stage = HELLO_CIPHERS;
+			break;
+		case HELLO_CIPHERS:
+			hello->at = at + length;
+			hello->need = 1;
+			hello->stage = HELLO_COMPRESSION;
+			break;
+		case HELLO_COMPRESSION:
+			/* and the length of all extensions */
+			hello->at = at + length + 2;
+			hello->need = 4;
+			hello->stage = HELLO_EXTENSION;
+			break;
+		case HELLO_EXTENSION:
+			if (number >> 16 != TLS_ALPN) {
+				hello->at = at + length;
+				hello->need = 4;
+				break;
+			}
+			/* and the length of the list */
+			hello->at = at + 2;
+			hello->left = length;
+			hello->need = 1;
+			hello->stage = HELLO_NAME_LENGTH;
+			break;
+		case HELLO_NAME_LENGTH:
+			if (!length || length + 3 > hello->left)
+				return NOTHING;
+			hello->left -= length + 1;
+			if (length == 10 || length == 7) {
+				hello->need = length;
+				hello->stage = HELLO_NAME;
+			} else {
+				hello->at = at + length;
+				hello->need = 1;
+			}
+			break;
+		default:
+			/* of a name of ten bytes the last eight are left */
+			if (number == ALPN_POSTGRESQL)
+				return PROTOCOL_POSTGRESQL;
+			if (number == ALPN_TDS)
+				return PROTOCOL_TDS;
+			hello->need = 1;
+			hello->stage = HELLO_NAME_LENGTH;
+		}
+	}
+	return NOTHING;
 }
 
 /* An authentication request of PostgreSQL from head[at] on, or TLS after its S. */
@@ -398,14 +493,34 @@ static inline int look(struct __sk_buff *skb, bool sent)
 		watches.sk_storage_delete(sk);
 		return 1;
 	}
-	if (!collect(skb, &segment, stream))
-		return 0;
-	if (!segment.length)
-		return 1;
+	u32 found = 0;
 
-	u32 found = sent ? judge_client(stream->head, stream->have) :
-			   judge_server(stream->head, stream->have, watch->sent.have);
+	if (!sent || !watch->hello.stage) {
+		if (!collect(skb, &segment, stream))
+			return 0;
+		if (!segment.length)
+			return 1;
+		found = sent ? judge_client(stream->head, stream->have) :
+			       judge_server(stream->head, stream->have, watch->sent.have);
+		if (found == TLS_HELLO) {
+			watch->hello.at = TLS_SESSION;
+			watch->hello.next = stream->have;
+			watch->hello.need = 1;
+			watch->hello.stage = HELLO_SESSION;
+		}
+	}
+	if (sent && watch->hello.stage) {
+		u32 start = segment.sequence - stream->first;
+		u32 end = start + segment.length;
 
+		if (!segment.length)
+			return 1;
+		if ((s32)(start - watch->hello.next) > 0)
+			return 0;
+		if ((s32)(end - watch->hello.next) > 0)
+			watch->hello.next = end;
+		found = walk_hello(skb, &segment, start, 5 + ((u32)stream->head[3] << 8 | stream->head[4]), &watch->hello);
+	}
 	if (!found)
 		return 1;
 	if (found == NOTHING) {

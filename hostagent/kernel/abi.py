@@ -163,6 +163,18 @@ class Stream(ctypes.Structure):
     )
 
 
+class Hello(ctypes.Structure):
+    _fields_ = (
+        ("number", ctypes.c_uint64),
+        ("at", ctypes.c_uint32),
+        ("next", ctypes.c_uint32),
+        ("left", ctypes.c_uint32),
+        ("stage", ctypes.c_uint8),
+        ("need", ctypes.c_uint8),
+        ("unused", ctypes.c_uint16),
+    )
+
+
 class Watch(ctypes.Structure):
     _fields_ = (
         ("key", ConnectKey),
@@ -174,6 +186,7 @@ class Watch(ctypes.Structure):
         ("found", ctypes.c_uint32),
         ("sent", Stream),
         ("received", Stream),
+        ("hello", Hello),
     )
 
 
