@@ -74,6 +74,8 @@ class Peer(asyncio.Protocol):
         self.side = side
         self.transport: asyncio.Transport | None = None
         self.closed = False
+        self.dropped = False
+        """Nobody wants to hear of it any more."""
         self._outbox: list[base.Buffer] = []
 
     def send(self, data: base.Buffer) -> None:
@@ -94,20 +96,25 @@ class Peer(asyncio.Protocol):
         self.transport.set_write_buffer_limits(high=HIGH_WATER)
 
     def data_received(self, data: bytes) -> None:
-        self.session.received(self.side, data)
+        if not self.dropped:
+            self.session.received(self.side, data)
 
     def eof_received(self) -> None:
-        self.session.ended(self.side)
+        if not self.dropped:
+            self.session.ended(self.side)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.closed = True
-        self.session.lost(self.side)
+        if not self.dropped:
+            self.session.lost(self.side)
 
     def pause_writing(self) -> None:
-        self.session.congested(self.side, True)
+        if not self.dropped:
+            self.session.congested(self.side, True)
 
     def resume_writing(self) -> None:
-        self.session.congested(self.side, False)
+        if not self.dropped:
+            self.session.congested(self.side, False)
 
 
 class Session:
@@ -258,10 +265,14 @@ class Session:
             return
         if side is _CLIENT and machine.incomplete is not (self._unended is not None):
             self._watch_message(machine.incomplete)
-        if side is _CLIENT and machine.unanswered:
-            self._backlog += len(data)
-            if self._backlog > BACKLOG:
-                self._pause(Side.CLIENT, "backlog")
+        if side is _CLIENT:
+            if machine.unanswered:
+                self._backlog += len(data)
+                if self._backlog > BACKLOG:
+                    self._pause(Side.CLIENT, "backlog")
+        elif self._backlog and not machine.unanswered:
+            self._backlog = 0
+            self._resume(Side.CLIENT, "backlog")
 
     def _watch_message(self, begun: bool) -> None:
         if self._unended is not None:
@@ -290,6 +301,8 @@ class Session:
             # a reset comes without an end of file before it, and so does the end of TLS: what runs has to hear of it
             if self.machine is not None:
                 self.ended(side)
+            if side is Side.SERVER and self.server is None:
+                return
             self._close(f"the {side.value} disconnected")
             if side is Side.CLIENT:
                 # over TLS an orderly end would first read all that the server still sends
@@ -354,6 +367,8 @@ class Session:
                 self._observe(command)
             case base.Connect():
                 self._start(self._connect())
+            case base.Disconnect():
+                self._disconnect()
             case base.StartTls(side, alpn):
                 # the client's first bytes of TLS are not for us, and come as soon as it is told to go on
                 self._pause(side, "tls")
@@ -633,6 +648,15 @@ class Session:
             return
         self.server.transport.set_write_buffer_limits(high=HIGH_WATER)
         self._notify_secured(base.UpstreamReady(binding))
+
+    def _disconnect(self) -> None:
+        if self.server is not None:
+            self.server.dropped = True
+            if self.server.transport is not None and not self.server.closed:
+                self.server.transport.abort()
+            self.server = None
+        self._paused[Side.SERVER].clear()
+        self._resume(Side.CLIENT, "congestion")
 
     def _fail_upstream(self, error: upstream.UpstreamError) -> None:
         self._securing = None

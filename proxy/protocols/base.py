@@ -155,6 +155,11 @@ class Connect(msgspec.Struct, frozen=True):
     """Open the connection to the target of the `Login`. Answered by the event `UpstreamReady` or `UpstreamFailed`."""
 
 
+class Disconnect(msgspec.Struct, frozen=True):
+    """Drop the connection to the server, of which nothing more is wanted, and keep the client; `Connect` may follow
+    later. What the server still sends is not seen any more."""
+
+
 class StartTls(msgspec.Struct, frozen=True):
     """Do the TLS handshake on that side, as server towards the CLIENT and as client towards the SERVER.
 
@@ -218,6 +223,7 @@ class Close(msgspec.Struct, frozen=True):
 Command = (
     Send
     | Connect
+    | Disconnect
     | StartTls
     | AskLogin
     | AskRuling

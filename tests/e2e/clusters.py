@@ -58,7 +58,12 @@ class ClusterBed:
         return {"KUBECONFIG": str(self.kubeconfig), "HOME": str(home)}
 
     def kubectl(
-        self, *arguments: str, kubectl: Kubectl | None = None, stdin: str = "", direct: bool = False, timeout_s: float = 60
+        self,
+        *arguments: str,
+        kubectl: Kubectl | None = None,
+        stdin: str = "",
+        direct: bool = False,
+        timeout_s: float = 60,
     ) -> subprocess.CompletedProcess[str]:
         """`kubectl ARGUMENTS` as a job on the runner, or with the gateway's own token beside the server (`direct`)."""
         program = kubectl or current_kubectl()

@@ -4,6 +4,7 @@ stage      what is awaited
 BODY       the rest of a body that is judged
 RULING     the answer to AskRuling; while a human decides, `preview` may ask the server for a dry run
 CREDENTIAL the answer to AskCredential; then the request is sent, with the gateway's token and none of the client's
+REACHING   the server once more, which left while a human decided
 ANSWER     the answer's head; a body that is not judged goes on meanwhile
 RELAY      the rest of the answer's body, through the masks
 """
@@ -24,6 +25,7 @@ class Stage(enum.Enum):
     BODY = "body"
     RULING = "ruling"
     CREDENTIAL = "credential"
+    REACHING = "reaching"
     ANSWER = "answer"
     RELAY = "relay"
 
@@ -53,6 +55,7 @@ class Exchange:
         "ruling",
         "stage",
         "streamed",
+        "token",
         "transformer",
         "unsent",
     )
@@ -75,6 +78,8 @@ class Exchange:
         self.refused = 0
         """The status of a request that is refused whatever the ruling on it says."""
         self.ruling: Ruling | None = None
+        self.token = ""
+        """What is sent once the server is there again."""
         self.record_input = False
         """Whether what is typed goes on record too."""
         self.inquiry: Inquiry | None = None

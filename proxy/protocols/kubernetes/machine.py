@@ -19,8 +19,7 @@ A denial is a `Status` and the connection goes on; it ends where the request's b
 answer that fails midway ends the connection, so that the client never takes a part for the whole.
 
 Blind spots: a client that stops reading an answer, or a server that never ends one, has no deadline here. Which user
-headers a front proxy may set is configurable in the server; only those named in `http` are kept from it. A server that
-closes an idle connection (after 90 s) while a human decides ends the request.
+headers a front proxy may set is configurable in the server; only those named in `http` are kept from it.
 """
 
 from __future__ import annotations
@@ -47,6 +46,7 @@ from proxy.protocols.base import (
     Completed,
     Connect,
     Credential,
+    Disconnect,
     Event,
     Login,
     Machine,
@@ -220,13 +220,18 @@ class KubernetesMachine:
     def notify(self, event: Event) -> list[Command]:
         if self._state is State.CLOSED:
             return []
+        exchange = self._exchange
+        again = exchange is not None and exchange.stage is Stage.REACHING
         match event:
+            case UpstreamReady() if again and exchange is not None:
+                return self._secure_server() or self._reached_again(exchange)
+            case UpstreamFailed(message) if again and exchange is not None:
+                return self._turn_away(exchange, 503, answers.sentence(message, HINT_TARGET))
             case ClientSecured() if self._state is State.SECURING:
                 return self._log_in()
             case UpstreamReady() if self._state is State.REACHING and self._login is not None:
-                if not self._securing_server and self._login.target.tls_mode is not TlsMode.DISABLE:
-                    self._securing_server = True
-                    return [StartTls(_SERVER, ALPN)]
+                if securing := self._secure_server():
+                    return securing
                 self._state = State.SERVING
                 return [Authenticated(b""), *self._go_on()]
             case UpstreamFailed(message) if self._state is State.REACHING:
@@ -294,6 +299,14 @@ class KubernetesMachine:
         self._state = State.ASKING
         self._asked = AskLogin("", "", cancellable=False)
         return [self._asked]
+
+    def _secure_server(self) -> list[Command]:
+        """The handshake with the server that stands, if there is to be one and it has not been."""
+        assert self._login is not None
+        if self._securing_server or self._login.target.tls_mode is TlsMode.DISABLE:
+            return []
+        self._securing_server = True
+        return [StartTls(_SERVER, ALPN)]
 
     def _refuse_all(self, status: int, message: str, hint: str) -> list[Command]:
         """There is no session: the first request is told why."""
@@ -444,8 +457,6 @@ class KubernetesMachine:
         if ruling.decision is not Decision.ALLOW or exchange.refused:
             message = answers.sentence(ruling.message or "refused: it cannot be judged", ruling.hint)
             return self._turn_away(exchange, exchange.refused or 403, message, reached=False)
-        if self._server_left:
-            return self._turn_away(exchange, 503, f"the server closed the connection meanwhile; {HINT_AGAIN}")
         exchange.approved = answers.warning(ruling)
         exchange.record_input = ruling.record_input
         if exchange.plan is not None and (hidden := exchange.plan.not_found) is not None:
@@ -462,7 +473,18 @@ class KubernetesMachine:
             return self._put_question(exchange, token)
         if exchange.stage is not Stage.CREDENTIAL:
             raise ValueError(f"no credential was asked for (stage `{exchange.stage.value}`)")
+        if self._server_left:
+            exchange.token = token
+            exchange.stage = Stage.REACHING
+            self._securing_server = False
+            return [Disconnect(), Connect()]
         return self._send(exchange, token)
+
+    def _reached_again(self, exchange: Exchange) -> list[Command]:
+        self._server_left = False
+        self._replies = HeadReader()
+        token, exchange.token = exchange.token, ""
+        return [Authenticated(b""), *self._send(exchange, token)]
 
     def _unadmitted(self, exchange: Exchange, message: str, hint: str) -> list[Command]:
         if exchange.stage is Stage.RULING and exchange.inquiry is not None:
@@ -746,6 +768,8 @@ class KubernetesMachine:
             return []
         if exchange is None:
             return self._close(reason)
+        if exchange.stage in (Stage.BODY, Stage.RULING, Stage.CREDENTIAL):
+            return [Disconnect(), *self._do_without_server(exchange)]
         answer = exchange.answer
         if self._question is None and answer is not None and answer.framing is not None and answer.framing.eof():
             return self._end_answer(exchange)
@@ -756,6 +780,14 @@ class KubernetesMachine:
             status = 502 if asked else 503
             out.append(self._said(exchange.method, status, reason, HINT_AGAIN, last=True))
         return [*out, *self._break_off(reason), *self._close(reason)]
+
+    def _do_without_server(self, exchange: Exchange) -> list[Command]:
+        """It was not asked yet, but for a dry run perhaps: it is connected to again when it is wanted."""
+        if self._question is None:
+            return []
+        self._question = self._reader = None
+        exchange.answer = exchange.heard = None
+        return self._inquire(exchange)
 
     # --- another protocol ---------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ from proxy.protocols.base import (
     Commands,
     Connect,
     Credential,
+    Disconnect,
     Login,
     Machine,
     MachineFactory,
@@ -169,10 +170,14 @@ def check_garbage(dialogue: Dialogue, judge: Judge, steps: int, noise: Sequence[
 
 
 def check_end(dialogue: Dialogue, judge: Judge, steps: int, side: Side) -> None:
-    """The end of either side's bytes at any point closes both."""
+    """The end of either side's bytes at any point closes both; a server that nothing was asked of may be let go, and
+    then the end of the client closes."""
     machine, transcript = play(dialogue, judge, steps=steps)
     if not transcript.closed:
-        follow(machine, dialogue.login, judge, machine.eof(side), transcript)
+        commands = machine.eof(side)
+        follow(machine, dialogue.login, judge, commands, transcript)
+        if side is Side.SERVER and commands[:1] == [Disconnect()]:
+            follow(machine, dialogue.login, judge, machine.eof(Side.CLIENT), transcript)
     assert transcript.closed
 
 

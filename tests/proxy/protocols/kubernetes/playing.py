@@ -29,6 +29,7 @@ from proxy.protocols.base import (
     Send,
     Side,
     StartTls,
+    UpstreamFailed,
     UpstreamReady,
 )
 from proxy.protocols.kubernetes.machine import KubernetesMachine
@@ -106,6 +107,7 @@ class Player:
     offer_tls: bool = False
     refusal: Refusal | None = None
     token: str | Refusal | None = TOKEN
+    unreachable: str = ""
     sent: dict[Side, bytearray] = field(default_factory=lambda: {C: bytearray(), S: bytearray()})
     said: list[Command] = field(default_factory=list)
 
@@ -143,6 +145,8 @@ class Player:
                     answers = self.machine.answer(command, self.token)
                 case AskCredential() if self.token is not None:
                     answers = self.machine.answer(command, Credential(self.token))
+                case Connect() if self.unreachable:
+                    answers = self.machine.notify(UpstreamFailed(self.unreachable))
                 case Connect() | StartTls(Side.SERVER):
                     answers = self.machine.notify(UpstreamReady())
                 case StartTls(Side.CLIENT):

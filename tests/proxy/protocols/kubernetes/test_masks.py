@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from proxy.masking import masker
 from proxy.model import FieldMask, RequestFacts
-from proxy.model.fields import FieldPath
+from proxy.model.fields import STAR, FieldPath
 from proxy.protocols.kubernetes import masks
 from proxy.protocols.kubernetes.fields import HIDE
 from proxy.protocols.kubernetes.masks import Plan, Redactor, Transformer, Unmaskable
@@ -772,16 +772,25 @@ paths = st.builds(
 
 
 def expected(document: Json, masks_: Sequence[str]) -> Json:
-    """By the plain way: each path applied to the decoded object."""
+    """By the plain way: each path followed through the decoded object."""
 
-    def redacted(value: object) -> object:
-        from proxy.model.fields import REMOVED
-
-        return value if value is None else "***" if isinstance(value, str) else REMOVED
+    def redact(container: Json, steps: Sequence[object]) -> None:
+        step, *rest = steps
+        if isinstance(container, dict):
+            keys = list(container) if step is STAR else [step] if step in container else []
+        else:
+            keys = list(range(len(container)))[::-1] if isinstance(container, list) and step is STAR else []
+        for key in keys:
+            if rest:
+                redact(container[key], rest)
+            elif isinstance(container[key], str):
+                container[key] = "***"
+            elif container[key] is not None:
+                del container[key]
 
     # what goes whole goes first, so that nothing inside of it is looked at
-    for path in sorted(masks_, key=lambda text: len(FieldPath.parse(text).steps)):
-        FieldPath.parse(path).apply(document, redacted)
+    for steps in sorted((FieldPath.parse(text).steps for text in masks_), key=len):
+        redact(document, steps)
     return document
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from proxy.model import FieldMask
-from proxy.protocols.base import AskCredential, AskRuling, Credential, Refusal
+from proxy.protocols.base import AskCredential, AskRuling, Connect, Credential, Disconnect, Refusal
 from proxy.protocols.kubernetes.preview import MAX_OBJECT, MAX_TEXT
 from tests.proxy.protocols.kubernetes.playing import (
     ALLOW,
@@ -306,17 +306,38 @@ def test_questions_carry_whom_the_request_acts_as_and_nothing_else_of_the_client
     ]
 
 
-def test_a_server_that_leaves_while_a_human_decides_ends_the_request() -> None:
-    player, _ = waiting(PATCH)
+def test_a_server_that_leaves_while_a_human_decides_is_connected_to_again() -> None:
+    player, ask = waiting(PATCH)
     player.carry_out(player.machine.eof(S))
+    assert "closed the connection" in player.previews[0]
+    assert player.said.count(Connect()) == 1 and not player.closed
+    player.sent[S].clear()
+    player.reply(ask, APPROVED)
+    assert player.said.count(Connect()) == 2
+    assert (
+        player.sent[S].startswith(b"PATCH ")
+        and player.sent[S].count(b"Bearer") == 1
+        and b"dryRun" not in player.sent[S]
+    )
+    (told,) = player.server(response()).answers()
+    assert told.status == 200 and not player.closed and player.done
+
+
+def test_a_server_that_cannot_be_reached_again_is_told() -> None:
+    player, ask = waiting(PATCH)
+    player.carry_out(player.machine.eof(S))
+    player.unreachable = "target `cluster` is not reachable"
+    player.reply(ask, APPROVED)
     (told,) = player.answers()
-    assert told.status == 503 and player.closed and not player.done
+    assert told.status == 503 and "not reachable" in told.json["message"] and player.closed
 
 
-def test_a_server_that_wants_to_close_after_the_dry_run_is_not_sent_the_request() -> None:
+def test_a_server_that_wants_to_close_after_the_dry_run_is_connected_to_again() -> None:
     player, ask = waiting(PATCH)
     player.server(response(b"{}", "200 OK", "Connection: close"))
     assert "closed the connection" in player.previews[0]
+    player.sent[S].clear()
     player.reply(ask, APPROVED)
-    (told,) = player.answers()
-    assert told.status == 503 and told.header("connection") == "close" and player.closed and player.done
+    assert player.said[-4:-1].count(Disconnect()) == 1 and player.sent[S].startswith(b"PATCH ")
+    (told,) = player.server(response()).answers()
+    assert told.status == 200 and not player.closed and player.done
