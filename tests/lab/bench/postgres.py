@@ -22,11 +22,8 @@ redirect and hooks is in no process's CPU figure; nothing leaves the machine, so
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
 import os
-import platform
 import pwd
 import re
 import secrets
@@ -41,6 +38,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from tests.lab.bench import samples
+from tests.lab.bench.samples import BenchError
 from tests.lab.cgroups import cgroup, inside
 from tests.lab.hopgate import Gateway, gateway
 from tests.lab.namespaces import ip, linked_namespaces, namespace
@@ -55,7 +54,6 @@ DATABASE = USER = "bench"
 BULK_ROW = 135
 """Bytes of one DataRow of the large result, about."""
 BULK_SQL = "SELECT id, name, card, note FROM bulk"
-TICK_S = 1 / os.sysconf("SC_CLK_TCK")
 
 ROUTES = ("direct", "pgbouncer", "hopgate")
 
@@ -71,10 +69,6 @@ rules:
   - {{name: bench-reads, agents: "*", targets: "*", statements: read, relations: "public.*", decision: allow}}
   - {{name: cards-are-masked, agents: "*", targets: masked, masks: [{{column: public.bulk.card, method: partial}}]}}
 """
-
-
-class BenchError(Exception):
-    """A workload did not run, or a route is not the one that it claims to be."""
 
 
 @dataclass(frozen=True)
@@ -161,9 +155,9 @@ class Bench:
         """Runs a workload on a route once. Raises `BenchError`."""
         route = self._routes[route_name]
         recorded = self._sessions()
-        cpu = _cpu_s(route.processes())
+        cpu = samples.cpu_s(route.processes())
         done, took = self._transfer(workload, route) if not workload.clients else self._pgbench_run(workload, route)
-        spent = _cpu_s(route.processes()) - cpu
+        spent = samples.cpu_s(route.processes()) - cpu
         grown = self._sessions() - recorded
         least = max(workload.clients, 1) if route_name == "hopgate" else 0
         if grown < least or (not least and grown):
@@ -206,20 +200,6 @@ class Bench:
         if done.returncode or "aborted" in done.stderr:
             raise BenchError(f"`{workload.name}` on `{route.name}`: {done.stderr.strip() or done.stdout.strip()}")
         return done.stdout
-
-
-def _cpu_s(processes: Sequence[int]) -> float:
-    """User and system time of these processes up to now."""
-    ticks = 0
-    for pid in processes:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks * TICK_S
-
-
-def _with_children(pid: int) -> list[int]:
-    below = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(int(child) for child in below)]
 
 
 @contextmanager
@@ -349,7 +329,7 @@ def lab(seconds: int, megabytes: int) -> Iterator[Bench]:
                 lambda: poolers,
                 "",
             ),
-            Route("hopgate", running.inside, target, lambda: _with_children(gateway_pid), ""),
+            Route("hopgate", running.inside, target, lambda: [gateway_pid, *samples.children(gateway_pid)], ""),
         )
         yield Bench(routes, running, server, seconds)
 
@@ -363,9 +343,8 @@ def run(bench: Bench, workloads: Sequence[Workload], rounds: int) -> list[Figure
     }
     for workload in workloads:
         for turn in range(rounds):
-            print(f"bench: {workload.name}, round {turn + 1} of {rounds}", file=sys.stderr)
-            first = turn % len(workload.routes)
-            for route in (*workload.routes[first:], *workload.routes[:first]):
+            samples.tell(f"{workload.name}, round {turn + 1} of {rounds}")
+            for route in samples.rotated(workload.routes, turn):
                 figures[workload.name, route].samples.append(bench.measure(workload, route))
     return list(figures.values())
 
@@ -396,10 +375,7 @@ def document(figures: Sequence[Figures], rounds: int, seconds: int, megabytes: i
     """The same for programs, with every sample."""
     direct = {each.workload: each.rate for each in figures if each.route == "direct"}
     return {
-        "at": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "cores": os.cpu_count(),
-        "kernel": platform.release(),
-        "python": platform.python_version(),
+        **samples.head(),
         "rounds": rounds,
         "seconds": seconds,
         "megabytes": megabytes,
@@ -410,32 +386,19 @@ def document(figures: Sequence[Figures], rounds: int, seconds: int, megabytes: i
     }
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        prog="scripts/bench", description="direct, PgBouncer and Hopgate side by side, as ratios; no pass mark"
-    )
-    parser.add_argument("--quick", action="store_true", help="fewer and shorter runs: a look, not a measurement")
-    parser.add_argument("--only", metavar="TEXT", default="", help="only workloads whose name holds this text")
-    parser.add_argument("--output", type=Path, help="JSON file to write (bench-DATE.json)")
-    options = parser.parse_args()
-    if os.geteuid() != 0:
-        sys.exit("run as root: the bench makes network namespaces, and the kernel programs need it")
+def main(arguments: Sequence[str]) -> int:
+    options = samples.options("scripts/bench", "direct, PgBouncer and Hopgate side by side", arguments, "bench")
     workloads = [workload for workload in WORKLOADS if options.only in workload.name]
     if not workloads:
         sys.exit(f"no workload has `{options.only}` in its name: {', '.join(each.name for each in WORKLOADS)}")
     rounds, seconds, megabytes = (3, 1, 60) if options.quick else (5, 2, 300)
-    output = options.output or Path(f"bench-{datetime.date.today()}.json")
-    print("bench: three hosts, a PostgreSQL, two PgBouncers, a Hopgate", file=sys.stderr)
+    samples.tell("three hosts, a PostgreSQL, two PgBouncers, a Hopgate")
     try:
         with lab(seconds, megabytes) as bench:
             figures = run(bench, workloads, rounds)
     except BenchError as error:
         sys.exit(f"bench: {error}")
-    output.write_text(json.dumps(document(figures, rounds, seconds, megabytes), indent=1) + "\n")
+    options.output.write_text(json.dumps(document(figures, rounds, seconds, megabytes), indent=1) + "\n")
     print(table(figures))
-    print(f"bench: every sample is in {output}", file=sys.stderr)
+    samples.tell(f"every sample is in {options.output}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
