@@ -8,7 +8,7 @@
 #ifndef HOPGATE_ABI_H
 #define HOPGATE_ABI_H
 
-#define HOPGATE_ABI 5
+#define HOPGATE_ABI 6
 
 #define COMM_BYTES 16
 #define PATH_BYTES 128
@@ -28,6 +28,14 @@ struct hopgate_config {
 	__u64 intercept;	/* 0 when nobody is looked at; another number each time that it begins */
 };
 
+/* Namespaces by the inode numbers that /proc/PID/ns shows, 0 where one could not be read. */
+struct hopgate_namespaces {
+	__u32 pid;
+	__u32 mnt;
+	__u32 net;
+	__u32 user;
+};
+
 /*
  * One process image: what a process ran between two execve calls. Kept while a process or a child image refers to it.
  * The map `nodes` is node id -> this, and `procs` is tgid -> node id, or 0 for a process without label.
@@ -45,6 +53,7 @@ struct hopgate_node {
 	__u32 argv_length;	/* bytes of the whole argument vector, every argument with its NUL */
 	__u32 argv_stored;	/* bytes of it in argv[] */
 	__u32 path_length;	/* with its NUL; 0 when it could not be read */
+	struct hopgate_namespaces namespaces;	/* at exec */
 	char comm[COMM_BYTES];
 	char path[PATH_BYTES];	/* as passed to execve: for people, it grants nothing */
 	char argv[ARGV_BYTES];
@@ -115,6 +124,7 @@ struct hopgate_task_row {
 	__u32 parent_ns_tgid;	/* 0 outside the reader's pid namespace */
 	__u32 known;		/* 1 when it has an entry in procs, with or without a label */
 	__u32 parent_kthread;	/* 1 when its parent is a kernel thread */
+	struct hopgate_namespaces namespaces;
 	char comm[COMM_BYTES];
 };
 

@@ -16,7 +16,8 @@
  * Reference counting needs no fetch-and-add, which this compiler's instruction set lacks: several decrements may all
  * read a count below zero, but only one of them deletes the node, and only that one goes on to the parent.
  *
- * Blind spot: the path is what the caller passed to execve, and uid and cgroup are those at exec.
+ * Blind spots: the path is what the caller passed to execve; uid, cgroup and namespaces are those at exec, so what
+ * setuid(), unshare() and setns() change afterwards is seen in the images that are executed then.
  */
 
 /*
@@ -196,6 +197,23 @@ int on_fork(struct bpf_raw_tracepoint_args *ctx)
 	return 0;
 }
 
+/* As /proc/PID/ns shows them. The pid namespace is the one that the task is in, not that of its children to come. */
+static inline void read_namespaces(struct hopgate_namespaces *read, struct task_struct *task)
+{
+	struct pid *pid = read_tgid(task);
+	struct pid_namespace *pid_ns = read_upid(pid, KREAD(pid, pid, level)).ns;
+	struct nsproxy *proxy = KREAD(task_struct, task, nsproxy);
+	struct mnt_namespace *mnt_ns = KREAD(nsproxy, proxy, mnt_ns);
+	struct net *net_ns = KREAD(nsproxy, proxy, net_ns);
+	const struct cred *cred = KREAD(task_struct, task, cred);
+	struct user_namespace *user_ns = KREAD(cred, cred, user_ns);
+
+	read->pid = KREAD(pid_namespace, pid_ns, ns.inum);
+	read->mnt = KREAD(mnt_namespace, mnt_ns, ns.inum);
+	read->net = KREAD(net, net_ns, ns.inum);
+	read->user = KREAD(user_namespace, user_ns, ns.inum);
+}
+
 static inline void read_image(struct hopgate_node *node, struct linux_binprm *bprm)
 {
 	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
@@ -217,6 +235,7 @@ static inline void read_image(struct hopgate_node *node, struct linux_binprm *bp
 	node->tgid = bpf_get_current_pid_tgid() >> 32;
 	node->uid = bpf_get_current_uid_gid();
 	node->argv_length = length;
+	read_namespaces(&node->namespaces, task);
 	bpf_get_current_comm(node->comm, sizeof(node->comm));
 	copied = bpf_probe_read_kernel_str(node->path, sizeof(node->path), path);
 	node->path_length = copied > 0 ? copied : 0;
@@ -342,6 +361,7 @@ int bpf_iter__task(struct bpf_iter__task *ctx)
 	row.device = KREAD(super_block, sb, s_dev);
 	row.uid = KREAD(cred, cred, uid.val);
 	row.cgroup_id = KREAD(kernfs_node, directory, id);
+	read_namespaces(&row.namespaces, task);
 	bpf_probe_read_kernel(row.comm, sizeof(row.comm), KADDRESS(task_struct, task, comm));
 	bpf_seq_write(seq, &row, sizeof(row));
 	return 0;

@@ -1,6 +1,6 @@
 """The Python mirror of bpf/abi.h: layouts of the kernel's maps, and how their values become the model's.
 
-`tests/kernel/test_abi.py` compares sizes and offsets with what a C compiler makes of the header.
+`tests/kernel/test_lifecycle.py` compares sizes and offsets with the types that the loaded maps carry.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from hostagent.kernel import bpf
 from hostagent.kernel.settings import MapSizes, Settings
 from proxy.model import Endpoint, Prefix
 
-ABI = 5
+ABI = 6
 SOURCES = ("abi.h", "lineage.bpf.c", "intercept.bpf.c", "connect.bpf.c", "raw.bpf.c")
 
 TRACEPOINTS = {"on_fork": "sched_process_fork", "on_exec": "sched_process_exec", "on_exit": "sched_process_exit"}
@@ -70,6 +70,15 @@ class Config(ctypes.Structure):
     )
 
 
+class Namespaces(ctypes.Structure):
+    _fields_ = (
+        ("pid", ctypes.c_uint32),
+        ("mnt", ctypes.c_uint32),
+        ("net", ctypes.c_uint32),
+        ("user", ctypes.c_uint32),
+    )
+
+
 class Node(ctypes.Structure):
     _fields_ = (
         ("parent", ctypes.c_uint64),
@@ -84,6 +93,7 @@ class Node(ctypes.Structure):
         ("argv_length", ctypes.c_uint32),
         ("argv_stored", ctypes.c_uint32),
         ("path_length", ctypes.c_uint32),
+        ("namespaces", Namespaces),
         ("comm", ctypes.c_char * 16),
         ("path", ctypes.c_char * 128),
         ("argv", ctypes.c_ubyte * 256),
@@ -136,6 +146,7 @@ class TaskRow(ctypes.Structure):
         ("parent_ns_tgid", ctypes.c_uint32),
         ("known", ctypes.c_uint32),
         ("parent_kthread", ctypes.c_uint32),
+        ("namespaces", Namespaces),
         ("comm", ctypes.c_char * 16),
     )
 

@@ -1,16 +1,21 @@
-"""cgroup2: where it is mounted, and which directory an id means. The id of a cgroup is the inode of its directory.
+"""cgroup2: where it is mounted, which directory an id means, and whose container that is. The id of a cgroup is the
+inode of its directory.
 
-Blind spot: the path of a directory that is gone cannot be told.
+Blind spots: the path of a directory that is gone cannot be told. On hosts that have version 1 hierarchies too, an
+engine may put its containers into those alone.
 """
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from hostagent.kernel.settings import KernelError
 
 _CACHE_MAX = 4096
+_CONTAINER = re.compile(r"(?:(?:docker|nerdctl|cri-containerd|crio|libpod)[-:])?([0-9a-f]{64})(?:\.scope)?")
+_OF_RUNC = re.compile(r"(?:runc|crun)-(.+)\.scope")
 
 
 def mount_point() -> Path:
@@ -29,6 +34,20 @@ def of_process(tgid: int | str) -> Path:
         if line.startswith("0::"):
             return mount_point() / line[3:].lstrip("/")
     raise KernelError(f"process `{tgid}` is in no cgroup2")
+
+
+def container(path: str) -> str:
+    """The id of the innermost container that a cgroup's path is of, as docker, containerd, CRI-O, podman, runc and the
+    kubelet name their cgroups; empty where none is told. For people: whoever may make cgroups chooses their names.
+
+    Blind spots: engines that name cgroups otherwise (systemd-nspawn, LXC), and runc where its caller chose another one.
+    """
+    for name in reversed(path.split("/")):
+        # with a kubelet and a runtime that disagree about systemd, runc's triple of slice, prefix and id is the name
+        found = _CONTAINER.fullmatch(re.sub(r"^.+\.slice:", "", name)) or _OF_RUNC.fullmatch(name)
+        if found is not None:
+            return found[1]
+    return ""
 
 
 class Paths:

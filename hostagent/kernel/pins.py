@@ -22,7 +22,7 @@ import msgspec
 from hostagent.kernel import abi, bpf, cgroups
 from hostagent.kernel.conntrack import Conntrack
 from hostagent.kernel.settings import KernelError, Scope
-from proxy.model import Endpoint, Prefix, ProcessImage
+from proxy.model import Endpoint, Namespaces, Prefix, ProcessImage
 
 STALE_S = 30.0
 CLOSED_S = 5.0
@@ -242,6 +242,8 @@ class Pins:
         read = abi.Node.from_buffer_copy(value)
         argv, truncated = abi.split_argv(read)
         label = self._declared.get(abi.U64.pack(node))
+        cgroup = self._cgroups.path(read.cgroup_id)
+        inside = read.namespaces
         image = ProcessImage(
             node=node,
             tgid=read.tgid,
@@ -253,8 +255,10 @@ class Pins:
             comm=read.comm.decode(errors="surrogateescape"),
             argv=argv,
             argv_truncated=truncated,
-            cgroup=self._cgroups.path(read.cgroup_id),
+            cgroup=cgroup,
             declared=abi.Declaration.from_buffer_copy(label).agent.decode() if label is not None else "",
+            namespaces=Namespaces(inside.pid, inside.mnt, inside.net, inside.user) if any(bytes(inside)) else None,
+            container=cgroups.container(cgroup),
         )
         self._images[node] = read.parent, image
         if len(self._images) > _CACHE_MAX:

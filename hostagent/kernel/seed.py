@@ -7,7 +7,8 @@ seen to run something else than what it was labelled with had called execve in b
 
 Blind spots: what happened before is known only as far as the kernel still shows it. A process whose parent had died
 then belongs to whoever adopted it, and images that an old process ran before its last exec are lost: start the daemon
-early. Their argument vector is what /proc shows, which a process can rewrite. Seeded images are never released.
+early. Their argument vector is what /proc shows, which a process can rewrite; uid, cgroup and namespaces are those of
+now. Seeded images are never released.
 """
 
 from __future__ import annotations
@@ -128,6 +129,7 @@ class _Seed:
             argv_length=len(argv),
             argv_stored=min(len(argv), _ARGV_BYTES),
             path_length=len(path) + 1,
+            namespaces=row.namespaces,
             comm=row.comm,
             path=path,
         )
@@ -177,6 +179,8 @@ def _first_process(rows: dict[int, abi.TaskRow]) -> abi.TaskRow | None:
         executable = os.stat("/proc/1/exe")
         row.inode, row.device = executable.st_ino, abi.s_dev(executable.st_dev)
         row.cgroup_id = cgroups.of_process(1).stat().st_ino
+        kinds = ("pid", "mnt", "net", "user")
+        row.namespaces = abi.Namespaces(*(os.stat(f"/proc/1/ns/{kind}").st_ino for kind in kinds))
     except OSError:
         # not even root may look at it on some hosts: it then matches no agent
         pass

@@ -1,6 +1,6 @@
 """Frozen values that every other part of the proxy speaks in. No behaviour beyond what a value can say of itself."""
 
-from proxy.model.lineage import UNATTRIBUTED, Chain, Hop, ProcessImage
+from proxy.model.lineage import UNATTRIBUTED, Chain, Hop, Namespaces, ProcessImage
 from proxy.model.masks import ColumnMask, FieldMask, Masker
 from proxy.model.operation import Operation, OperationKind, Phase, Relation, RequestFacts, StatementFacts
 from proxy.model.ruling import Decision, Reason, Ruling
@@ -15,6 +15,7 @@ __all__ = [
     "FieldMask",
     "Hop",
     "Masker",
+    "Namespaces",
     "Operation",
     "OperationKind",
     "Phase",

@@ -11,7 +11,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import assert_never
 
-from proxy.model import UNATTRIBUTED, Chain
+from proxy.model import UNATTRIBUTED, Chain, ProcessImage
 from proxy.recording.reader import Entry
 from proxy.recording.records import (
     Alert,
@@ -123,10 +123,35 @@ def _opened(record: Opened) -> Iterator[str]:
 
 def _lineage(chain: Chain) -> Iterator[str]:
     hops = {node: hop.agent for hop in chain.hops for node in hop.nodes}
+    above = None
     for depth, image in enumerate(chain.lineage):
         argv = visible(" ".join(image.argv)) + (" …" if image.argv_truncated else "")
         hop = visible(hops.get(image.node, UNATTRIBUTED))
-        yield f"{_INDENT}{'  ' * min(depth, 16)}{image.tgid} {visible(image.path)} [{hop}] uid {image.uid}: {argv}"
+        indent = f"{_INDENT}{'  ' * min(depth, 16)}"
+        yield f"{indent}{image.tgid} {visible(image.path)} [{hop}] uid {image.uid}: {argv}"
+        if surroundings := _surroundings(image, above):
+            yield f"{indent}  {surroundings}"
+        above = image
+
+
+_NAMESPACES = {"pid": "pid", "mnt": "mount", "net": "network", "user": "user"}
+
+
+def _surroundings(image: ProcessImage, above: ProcessImage | None) -> str:
+    """Container and namespaces where they are not those of the image above; all that are known at the root."""
+    told = []
+    if image.container != (above.container if above else ""):
+        told.append(f"in container {visible(image.container)}" if image.container else "in no container")
+    former = above.namespaces if above else None
+    if image.namespaces is not None:
+        differing = [
+            f"{word} {number}"
+            for kind, word in _NAMESPACES.items()
+            if (number := getattr(image.namespaces, kind)) and (former is None or number != getattr(former, kind))
+        ]
+        if differing:
+            told.append(f"in {'other ' if former else ''}namespaces: {', '.join(differing)}")
+    return "; ".join(told)
 
 
 def _judged(decision: str, reasons: Sequence[HopReason], policy: str) -> str:

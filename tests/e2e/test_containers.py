@@ -14,15 +14,18 @@ from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from hostagent.kernel.cgroups import mount_point
+from proxy.model import Chain, Namespaces, ProcessImage
 from tests.e2e import beds
 from tests.e2e.beds import DATABASE, JOB, Bed
 from tests.lab import cgroups
 from tests.lab.namespaces import ip, namespace, sysctl
 
 PODMANS = "10.89.0.0/24"
+CONTAINER_ID = "5e" * 32
 GATE, CONTAINER, OTHER = "10.88.0.1", "10.88.0.2", "10.88.0.3"
 PSQL = ("psql", "-X", "-A", "-t", "-c")
 CONNINFO = f"host={DATABASE} dbname=shop user=agent sslmode=prefer"
@@ -170,11 +173,21 @@ def _forget(name: str) -> None:
                 below.rmdir()
 
 
+def _asking(bed: Bed) -> ProcessImage:
+    """The image of the client of the latest session, as it was recorded."""
+    opened = bed.replay(str(bed.sessions()[0]["id"]))[0]
+    return msgspec.convert(opened["chain"], Chain).lineage[-1]
+
+
 def _await_empty(cgroup: Path) -> None:
     """podman's monitor of a container ends a moment after it."""
     deadline = time.monotonic() + 5
     while (cgroup / "cgroup.procs").read_text() and time.monotonic() < deadline:
         time.sleep(0.02)
+
+
+def _here() -> Namespaces:
+    return Namespaces(*(Path(f"/proc/self/ns/{kind}").stat().st_ino for kind in ("pid", "mnt", "net", "user")))
 
 
 def test_an_agent_in_a_container_of_runc_is_known_by_its_file(hosts: Hosts) -> None:
@@ -183,7 +196,8 @@ def test_an_agent_in_a_container_of_runc_is_known_by_its_file(hosts: Hosts) -> N
     bundle = bed.directory / "bundle"
     bundle.mkdir()
     psql = _root_filesystem(bundle / "rootfs")
-    cgroup = bed.gateway.cgroup / "container"
+    # as containerd has it without systemd: the name is the container's id
+    cgroup = bed.gateway.cgroup / CONTAINER_ID
     _bundle(bundle, hosts.one, cgroup, ["/usr/bin/psql", *PSQL[1:], "SELECT 'contained'", CONNINFO])
     agents = f"agents:\n  job: {{exe: /bin/sh}}\n  contained: {{exe: {psql}}}\n"
     rules = textwrap.dedent("""\
@@ -202,6 +216,11 @@ def test_an_agent_in_a_container_of_runc_is_known_by_its_file(hosts: Hosts) -> N
     session = bed.sessions()[0]
     assert session["chain"] == "job > contained"
     assert str(session["peer"]).startswith(f"{CONTAINER}:")
+    asking, here = _asking(bed), _here()
+    assert asking.container == CONTAINER_ID
+    assert asking.namespaces is not None and asking.namespaces.user == here.user
+    assert asking.namespaces.net == Path(f"/run/netns/{hosts.one}").stat().st_ino
+    assert asking.namespaces.pid not in (0, here.pid) and asking.namespaces.mnt not in (0, here.mnt)
 
 
 # podman writes to places of its own and of its network programs: here each is in its test's directory, or a file system
@@ -215,8 +234,8 @@ cd {place}
 export CONTAINERS_CONF={place}/containers.conf
 podman="podman --root {place}/root --runroot {place}/run --storage-driver vfs --cgroup-manager cgroupfs"
 $podman import --quiet rootfs.tar hopgate-test >import.log 2>&1 || {{ cat import.log; exit 1; }}
-$podman run --rm --net bridge --cgroup-parent /{parent} --ulimit nofile=1024:1024 --ulimit nproc=4096:4096 \
-    hopgate-test /usr/bin/psql "$@"
+$podman run --rm --cidfile {place}/id --net bridge --cgroup-parent /{parent} \
+    --ulimit nofile=1024:1024 --ulimit nproc=4096:4096 hopgate-test /usr/bin/psql "$@"
 """
 CONTAINERS_CONF = """\
 [network]
@@ -252,5 +271,6 @@ def test_a_client_in_a_container_of_podman_on_its_own_bridge_is_served(hosts: Ho
     session = bed.sessions()[0]
     assert (session["chain"], session["target"]) == ("job", "shop")
     assert ip_address(str(session["peer"]).rpartition(":")[0]) in ip_network(PODMANS)
+    assert _asking(bed).container == (place / "id").read_text().strip()
     # podman's network programs ran iptables, below an agent
     assert "raw IP socket" not in bed.gateway.log()

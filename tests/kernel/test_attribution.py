@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import threading
 from collections import Counter
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from hostagent import kernel
-from proxy.model import Endpoint
+from proxy.model import Endpoint, Namespaces
 from tests.kernel.bed import BEYOND, PORT, Bed, bed, tags
 from tests.lab import cgroups
 
 SPAWNERS = 4
 CONNECTS = 10_000
 EXECUTED = 400
+NAMESPACES = ("pid", "mnt", "net", "user")
 
 
 @pytest.mark.parametrize("family", [0, 1], ids=["ipv4", "ipv6"])
@@ -100,6 +103,24 @@ def test_an_image_says_what_was_executed(shared: Bed) -> None:
     assert image.cgroup == f"/{shared.cgroup.name}"
 
 
+def test_an_image_says_which_namespaces_it_was_executed_in(shared: Bed) -> None:
+    here = Namespaces(*(os.stat(f"/proc/self/ns/{kind}").st_ino for kind in NAMESPACES))
+    told = 'cd /proc/self/ns; stat -L -c %i pid mnt net user; cd /; exec "$@"'
+    others = ["unshare", "--pid", "--fork", "--mount-proc", "--user", "--map-root-user"]
+    said = shared.run([*others, "/bin/sh", "-c", told, "tag-told", *shared.command("connect", tag="tag-inside")])
+    _accepted, record = shared.take()
+    assert isinstance(record, kernel.ConnectRecord), record
+    lineage = shared.pins.lineage(record.node)
+    assert lineage is not None
+    entered, unshared, shell, inside = lineage[-4:]
+    assert inside.namespaces == shell.namespaces == Namespaces(*map(int, said.split()))
+    assert entered.namespaces == here
+    # unshare(1) was executed before it made them
+    assert unshared.namespaces is not None and inside.namespaces is not None
+    assert unshared.namespaces == msgspec.structs.replace(here, net=inside.namespaces.net)
+    assert not set(msgspec.structs.astuple(here)) & set(msgspec.structs.astuple(inside.namespaces))
+
+
 def test_long_arguments_are_cut_and_say_so(shared: Bed) -> None:
     shared.run(shared.command("connect", tag="tag-" + "x" * 5000))
     image = shared.attributed()[1][-1]
@@ -157,6 +178,9 @@ def test_older_processes_have_their_place() -> None:
             assert lineage is not None
             assert tags(lineage) == expected
             assert lineage[0].tgid == 1
+            older = next(image for image in lineage if "tag-old" in image.argv)
+            inodes = [os.stat(f"/proc/{process.pid}/ns/{kind}").st_ino for kind in NAMESPACES]
+            assert older.namespaces == lineage[-1].namespaces == Namespaces(*inodes)
         process.communicate()
         assert process.returncode == 0
 
@@ -187,6 +211,9 @@ def test_older_processes_of_a_pid_namespace_have_their_place() -> None:
             assert lineage is not None
             assert tags(lineage) == ["tag-old", "tag-old-child", *expected]
             assert lineage[0].argv[:2] == (sys.executable, "-c"), "process 1 of the namespace is the root"
+            assert len({image.namespaces for image in lineage}) == 1
+            assert lineage[0].namespaces is not None
+            assert lineage[0].namespaces.pid not in (0, os.stat("/proc/self/ns/pid").st_ino)
 
 
 def test_processes_that_start_while_the_programs_are_loaded_are_labelled() -> None:

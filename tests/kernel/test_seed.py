@@ -8,6 +8,7 @@ import pytest
 
 from hostagent import kernel
 from hostagent.kernel import abi, bpf, seed
+from proxy.model import Namespaces
 from tests.kernel.bed import Bed
 
 # no process can have these ids: pid_max is at most 1 << 22
@@ -33,7 +34,14 @@ class Passes:
 
 def process(tgid: int, parent: int, *, exec_id: int = 1, inode: int = 1) -> Callable[[], abi.TaskRow]:
     return lambda: abi.TaskRow(
-        tgid=tgid, ns_tgid=tgid, parent_tgid=parent, parent_ns_tgid=parent, exec_id=exec_id, inode=inode, device=1
+        tgid=tgid,
+        ns_tgid=tgid,
+        parent_tgid=parent,
+        parent_ns_tgid=parent,
+        exec_id=exec_id,
+        inode=inode,
+        device=1,
+        namespaces=abi.Namespaces(pid=11, mnt=12, net=13, user=14),
     )
 
 
@@ -56,6 +64,9 @@ def test_parents_go_before_children(shared: Bed, procs: bpf.Map) -> None:
     passes = Passes(procs, [process(CHILD, PARENT, inode=2), process(PARENT, 0, inode=1)])
     assert seed.seed(shared.settings.pin_dir, passes) == 2
     assert inodes(shared, CHILD) == [1, 2]
+    node = shared.pins.node_of(CHILD)
+    image = shared.pins.image(node) if node is not None else None
+    assert image is not None and image.namespaces == Namespaces(11, 12, 13, 14)
 
 
 def test_an_execve_between_look_and_label_is_put_right(shared: Bed, procs: bpf.Map) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from hostagent.kernel import abi
-from hostagent.kernel.cgroups import Paths
+from hostagent.kernel.cgroups import Paths, container
 from hostagent.kernel.settings import MapSizes, Settings
 from proxy.model import Endpoint
 
@@ -62,6 +62,55 @@ def test_a_cgroup_is_found_by_its_inode_also_when_it_is_new_or_renamed(tmp_path:
     assert paths.path(inode) == "/c"
     (tmp_path / "c").rmdir()
     assert paths.path(inode) == ""
+
+
+HEX = "3f" * 32
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        f"/system.slice/docker-{HEX}.scope",
+        f"/docker/{HEX}",
+        f"/system.slice/docker-{HEX}.scope/init",
+        f"/docker/{'a0' * 32}/kubelet/kubepods/besteffort/pod7d3f5a1e/{HEX}",
+        f"/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod7d.slice/cri-containerd-{HEX}.scope",
+        f"/kubepods.slice/kubepods-pod7d.slice/crio-{HEX}.scope/container",
+        f"/kubepods/burstable/pod7d3f5a1e-0000-4000-8000-000000000000/{HEX}",
+        f"/system.slice/containerd.service/kubepods-besteffort-pod7d.slice:cri-containerd:{HEX}",
+        f"/default/{HEX}",
+        f"/machine.slice/libpod-{HEX}.scope/container",
+        f"/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-{HEX}.scope",
+        f"/libpod_parent/libpod-{HEX}",
+        f"/system.slice/nerdctl-{HEX}.scope",
+    ],
+)
+def test_the_container_of_a_cgroup(path: str) -> None:
+    assert container(path) == HEX
+
+
+def test_the_container_of_a_cgroup_of_runc_has_the_name_that_its_caller_chose() -> None:
+    assert container("/user.slice/user-0.slice/session-1.scope/runc-build-7.scope") == "build-7"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "",
+        "/",
+        "/system.slice/docker.service",
+        "/system.slice/ci.service/docker-build",
+        f"/machine.slice/libpod-conmon-{HEX}.scope",
+        f"/libpod_parent/conmon-{HEX}",
+        f"/machine.slice/machine-libpod_pod_{HEX}.slice",
+        "/kubepods.slice/kubepods-burstable.slice/kubepods-burstable-pod7d.slice",
+        f"/jobs/{HEX[:-1]}",
+        f"/jobs/{HEX}f",
+        f"/jobs/{HEX.upper()}",
+    ],
+)
+def test_a_cgroup_of_no_container(path: str) -> None:
+    assert container(path) == ""
 
 
 def test_settings_that_cannot_work_are_refused() -> None:

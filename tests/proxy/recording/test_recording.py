@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
 import resource
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -21,6 +23,7 @@ from proxy.model import (
     Decision,
     Endpoint,
     Hop,
+    Namespaces,
     Operation,
     OperationKind,
     Phase,
@@ -69,24 +72,25 @@ def operation(text: str = "SELECT 1") -> Operation:
     return Operation("postgres", OperationKind.QUERY, Phase.EXECUTE, "secret", text, (StatementFacts("select"),))
 
 
+OPENED = Opened(
+    at_us=1_700_000_000_000_000,
+    session=SESSION,
+    format=FORMAT,
+    host="runner-1",
+    peer=Endpoint("127.0.0.1", 40000),
+    dialled=Endpoint("192.0.2.7", 5432),
+    target="orders",
+    protocol="postgres",
+    policy="v1",
+    chain=CHAIN,
+)
+
+
 def begin(path: Path, pieces: RulingPieces | None = None, clock: Callable[[], int] | None = None) -> Writer:
     """A recording with its header, and a writer that goes on with it."""
     ticks = itertools.count(1_700_000_000_000_000_000, 1_000_000)
     fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
-    header = encode(
-        Opened(
-            at_us=1_700_000_000_000_000,
-            session=SESSION,
-            format=FORMAT,
-            host="runner-1",
-            peer=Endpoint("127.0.0.1", 40000),
-            dialled=Endpoint("192.0.2.7", 5432),
-            target="orders",
-            protocol="postgres",
-            policy="v1",
-            chain=CHAIN,
-        )
-    )
+    header = encode(OPENED)
     digest = link(seed(SESSION), header)
     os.write(fd, line(digest, header))
     return Writer(fd, SESSION, 1, digest, clock or (lambda: next(ticks)), pieces or RulingPieces())
@@ -500,6 +504,48 @@ def test_reading_needs_memory_for_one_line_only(tmp_path: Path) -> None:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert verify(path).records == 3001
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8 * 1024
+
+
+def headed(path: Path, header: bytes) -> Path:
+    """A recording that has its header alone."""
+    path.write_bytes(line(link(seed(SESSION), header), header))
+    return path
+
+
+def test_a_recording_of_an_older_version_is_read(tmp_path: Path) -> None:
+    """What an image has got since is missing in it."""
+    opened = json.loads(encode(OPENED))
+    for image in opened["chain"]["lineage"]:
+        for name in ("declared", "namespaces", "container", "sha256"):
+            del image[name]
+    path = headed(tmp_path / "r", json.dumps(opened).encode())
+    ((record, told),) = tell(read(path, SESSION))
+    assert record == OPENED
+    assert "namespaces" not in told
+
+
+def test_replay_tells_containers_and_namespaces_where_they_change(tmp_path: Path) -> None:
+    root, client = CHAIN.lineage
+    host = Namespaces(11, 12, 13, 14)
+    boxed = msgspec.structs.replace(client, namespaces=Namespaces(21, 22, 13, 14), container="3f\x1b[2J")
+    lineage = (
+        msgspec.structs.replace(root, namespaces=host),
+        msgspec.structs.replace(client, tgid=102, namespaces=host),
+        msgspec.structs.replace(boxed, tgid=103),
+        msgspec.structs.replace(boxed, tgid=104),
+        # one that could not be read says nothing
+        msgspec.structs.replace(client, tgid=105, namespaces=Namespaces(0, 12, 99, 14)),
+    )
+    header = encode(msgspec.structs.replace(OPENED, chain=msgspec.structs.replace(CHAIN, lineage=lineage)))
+    ((_record, told),) = tell(read(headed(tmp_path / "r", header)))
+    lines = [line.strip() for line in told.splitlines()]
+    following = zip(lines, [*lines[1:], ""], strict=True)
+    after = {int(line.split()[0]): next_line for line, next_line in following if " uid " in line}
+    assert after[100] == "in namespaces: pid 11, mount 12, network 13, user 14"
+    assert after[102].startswith("103 ")
+    assert after[103] == "in container 3f\\x1b[2J; in other namespaces: pid 21, mount 22"
+    assert after[104].startswith("105 ")
+    assert after[105] == "in no container; in other namespaces: mount 12, network 99"
 
 
 def test_replay_tells_every_record_and_lets_no_text_act_on_the_terminal(tmp_path: Path) -> None:
