@@ -8,6 +8,7 @@ or directly from beside the server with the gateway's own token.
 from __future__ import annotations
 
 import base64
+import gzip
 import json
 import os
 import re
@@ -55,6 +56,18 @@ class Answered:
     def statuses(self) -> list[int]:
         """Of the answers, in order; a body that looks like an answer counts too."""
         return [int(word) for word in re.findall(rb"HTTP/1\.1 ([0-9]{3}) ", self.received)]
+
+    @property
+    def body(self) -> bytes:
+        """Of the only answer: without its chunks, decompressed where it says that it is compressed."""
+        head, _, rest = self.received.partition(b"\r\n\r\n")
+        if b"transfer-encoding: chunked" in head.lower():
+            chunked, rest = rest, b""
+            while chunked:
+                size, _, chunked = chunked.partition(b"\r\n")
+                rest += chunked[: int(size, 16)]
+                chunked = chunked[int(size, 16) + 2 :]
+        return gzip.decompress(rest) if b"content-encoding: gzip" in head.lower() else rest
 
 
 class Harbour:
@@ -114,12 +127,13 @@ class Harbour:
             **{**program.environment, **environment},
         )
 
+    @contextmanager
     def start(
         self, hops: Hops, *arguments: str | Path, kubectl: Kubectl | None = None, **environment: str
-    ) -> subprocess.Popen[str]:
-        """Starts kubectl; what it says, on both outputs, is for the caller to read."""
+    ) -> Iterator[subprocess.Popen[str]]:
+        """Starts kubectl, which ends with the block; what it says, on both outputs, is for the caller to read."""
         program = kubectl or current_kubectl()
-        return subprocess.Popen(
+        with subprocess.Popen(
             self.command(hops, [program.path, *arguments]),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -128,7 +142,11 @@ class Harbour:
             bufsize=1,
             env=self.environment(program, **environment),
             cwd="/",
-        )
+        ) as process:
+            try:
+                yield process
+            finally:
+                process.kill()
 
     def converse(
         self,
@@ -325,11 +343,8 @@ def forwarded(
 ) -> Iterator[tuple[dict[int, int], Lines]]:
     """A port-forward by kubectl to each of the pod's ports: which local port leads there, and what kubectl says."""
     with harbour.start(hops, "port-forward", f"pod/{POD}", *(f":{port}" for port in ports), kubectl=kubectl) as process:
-        try:
-            lines = Lines(process)
-            found = {}
-            for port in ports:
-                found[port] = int(lines.await_text(f"-> {port}").split(" -> ")[0].rsplit(":", 1)[1])
-            yield found, lines
-        finally:
-            process.kill()
+        lines = Lines(process)
+        found = {}
+        for port in ports:
+            found[port] = int(lines.await_text(f"-> {port}").split(" -> ")[0].rsplit(":", 1)[1])
+        yield found, lines

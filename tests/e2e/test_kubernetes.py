@@ -232,10 +232,7 @@ def _audited(harbour: Harbour, size: int) -> list[str]:
 @contextlib.contextmanager
 def held(harbour: Harbour, *arguments: str, hops: Hops = "held") -> Iterator[subprocess.Popen[str]]:
     with harbour.start(hops, *arguments) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+        yield process
     until(lambda: not harbour.pending(), "nothing pending")
 
 
@@ -592,7 +589,6 @@ def test_a_new_policy_in_the_middle_of_a_watch(harbour: Harbour) -> None:
             lines.await_text("after")
         finally:
             harbour.reload(original)
-            watching.kill()
             harbour.server.kubectl("delete", "configmap", "before", "after", "--ignore-not-found")
     assert harbour.kubectl("reader", "get", "configmaps").returncode == 0
 

@@ -20,8 +20,10 @@ import socket
 import ssl
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 STEP_TIMEOUT_S = 20.0
+AT_A_TIME = 16
 
 
 def converse(
@@ -75,4 +77,6 @@ def converse(
 
 if __name__ == "__main__":
     context = ssl.create_default_context(cafile=sys.argv[3])
-    print(json.dumps([converse(sys.argv[1], int(sys.argv[2]), context, one) for one in json.load(sys.stdin)]))
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        told = pool.map(lambda one: converse(sys.argv[1], int(sys.argv[2]), context, one), json.load(sys.stdin))
+        print(json.dumps([*told]))
