@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hostagent.attribution.agents import AgentMatcher, Undecidable
 from hostagent.attribution.chains import build_chain
+from hostagent.attribution.digests import Digests
 from hostagent.kernel.pins import Pins, Refused
 from proxy.model import Chain, Endpoint
 
@@ -14,8 +15,18 @@ class Attribution:
     """Asked once for each accepted connection. `agents` may be replaced when the policy changes."""
 
     def __init__(self, pins: Pins, agents: AgentMatcher) -> None:
-        self.agents = agents
         self._pins = pins
+        self._digests = Digests()
+        self.agents = agents
+
+    @property
+    def agents(self) -> AgentMatcher:
+        return self._agents
+
+    @agents.setter
+    def agents(self, agents: AgentMatcher) -> None:
+        self._agents = agents
+        self._digests.prepare(agents.executables)
 
     def attribute(self, peer: Endpoint, dialled: Endpoint) -> Chain | Refused:
         """Who is behind the connection from `peer` to what it dialled. Takes the kernel's record, so a second question
@@ -47,6 +58,6 @@ class Attribution:
         if lineage is None:
             return Refused(f"the lineage of process `{tgid}` is incomplete: the process ended too long ago")
         try:
-            return build_chain(lineage, self.agents.match)
+            return build_chain(self._digests.completed(lineage), self.agents.match)
         except Undecidable as error:
             return Refused(str(error))

@@ -20,10 +20,7 @@ chooses.
 
 from __future__ import annotations
 
-import ctypes
 import fnmatch
-import hashlib
-import mmap
 import os
 import stat
 import time
@@ -33,6 +30,7 @@ from pathlib import Path
 
 import structlog
 
+from hostagent.attribution import files
 from proxy.model import Chain, ProcessImage
 from proxy.policy.document import Agent
 
@@ -40,8 +38,6 @@ log = structlog.get_logger()
 
 RECHECK_S = 1.0
 """How long the identity of an executable is believed without looking at the file again."""
-
-_CHUNK_BYTES = 1 << 20
 
 
 class Undecidable(Exception):
@@ -87,6 +83,7 @@ class AgentMatcher:
         by_name = sorted(agents, key=lambda agent: agent.name)
         self._executables = [_Executable(agent) for agent in by_name if agent.exe]
         self._names = frozenset(agent.name for agent in by_name)
+        self.executables = tuple(executable.agent.exe for executable in self._executables)
         self.intercepted = frozenset(agent.name for agent in by_name if agent.intercept == "all")
         self.declarable: dict[str, tuple[str, ...]] = {
             agent.name: agent.declared_by for agent in by_name if agent.declared_by
@@ -150,13 +147,9 @@ class AgentMatcher:
             return False
         if not cgroup:
             raise Undecidable(f"the cgroup of process `{image.tgid}` is gone; agent `{agent.name}` is told by it")
-        if file.changed_ns and file.changed_ns > _wall_ns(image.start_ns):
+        if file.changed_ns and file.changed_ns > files.wall_ns(image.start_ns):
             raise Undecidable(f"`{agent.exe}` of agent `{agent.name}` was changed after process `{image.tgid}` started")
         return True
-
-
-def _wall_ns(monotonic_ns: int) -> int:
-    return time.time_ns() - (time.monotonic_ns() - monotonic_ns)
 
 
 # --- the file ---------------------------------------------------------------------------------------------------------
@@ -191,11 +184,11 @@ def _look(executable: _Executable) -> _File:
     status = os.stat(agent.exe)
     if not stat.S_ISREG(status.st_mode) or not status.st_size:
         raise _Untrusted("is no regular file, or is empty")
-    if executable.status is None or _state(status) != _state(executable.status):
+    if executable.status is None or files.version(status) != files.version(executable.status):
         executable.release()
         executable.fd = os.open(agent.exe, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         executable.status = status = os.fstat(executable.fd)
-        executable.sha256 = _sha256(executable.fd) if agent.sha256 else ""
+        executable.sha256 = files.sha256(executable.fd, status.st_size) if agent.sha256 else ""
     if status.st_mode & 0o022:
         raise _Untrusted("can be written by group or others")
     if executable.sha256 != agent.sha256.lower():
@@ -203,45 +196,13 @@ def _look(executable: _Executable) -> _File:
     roots_own = status.st_uid == 0 and all(map(_only_root_puts_files_into, Path(os.path.realpath(agent.exe)).parents))
     if not roots_own and not agent.sha256:
         raise _Untrusted("others than root can replace it, and the policy gives no sha256")
-    names = frozenset({(status.st_dev, status.st_ino), _mapped(executable.fd)})
-    return _File(names, 0 if roots_own else status.st_ctime_ns)
-
-
-def _state(status: os.stat_result) -> tuple[int, ...]:
-    return (
-        status.st_dev,
-        status.st_ino,
-        status.st_mode,
-        status.st_uid,
-        status.st_size,
-        status.st_mtime_ns,
-        status.st_ctime_ns,
-    )
+    mapped = files.mapped(executable.fd)
+    if mapped is None:
+        raise _Untrusted("cannot be mapped")
+    return _File(frozenset({(status.st_dev, status.st_ino), mapped}), 0 if roots_own else status.st_ctime_ns)
 
 
 def _only_root_puts_files_into(directory: Path) -> bool:
     status = directory.stat()
     # in a sticky directory nobody can replace what is root's
     return status.st_uid == 0 and (not status.st_mode & 0o022 or bool(status.st_mode & stat.S_ISVTX))
-
-
-def _sha256(fd: int) -> str:
-    digest = hashlib.sha256()
-    offset = 0
-    while chunk := os.pread(fd, _CHUNK_BYTES, offset):
-        digest.update(chunk)
-        offset += len(chunk)
-    return digest.hexdigest()
-
-
-def _mapped(fd: int) -> tuple[int, int]:
-    """Device and inode as the kernel itself names the file: on btrfs and overlayfs `stat` says something else."""
-    with mmap.mmap(fd, mmap.PAGESIZE, access=mmap.ACCESS_COPY) as mapped:
-        start = ctypes.addressof(ctypes.c_char.from_buffer(mapped))
-        for line in Path("/proc/self/maps").read_text().splitlines():
-            addresses, _mode, _offset, device, inode = line.split(maxsplit=5)[:5]
-            low, high = (int(part, 16) for part in addresses.split("-"))
-            if low <= start < high:
-                major, minor = (int(part, 16) for part in device.split(":"))
-                return os.makedev(major, minor), int(inode)
-    raise _Untrusted("cannot be mapped")

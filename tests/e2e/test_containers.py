@@ -3,6 +3,7 @@ namespace, which forwards. They are attributed by the same record, and served.""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import subprocess
@@ -88,12 +89,28 @@ def hosts() -> Iterator[Hosts]:
         yield Hosts(bed, one, two)
 
 
+def _asking(bed: Bed) -> ProcessImage:
+    """The image of the client of the latest session, as it was recorded."""
+    opened = bed.replay(str(bed.sessions()[0]["id"]))[0]
+    return msgspec.convert(opened["chain"], Chain).lineage[-1]
+
+
 def test_a_client_behind_a_bridge_is_attributed_and_served(hosts: Hosts) -> None:
     for netns, address in ((hosts.one, CONTAINER), (hosts.two, OTHER)):
         assert hosts.run(netns, [*PSQL, "SELECT 'served'", CONNINFO]) == "served"
         session = hosts.bed.sessions()[0]
         assert (session["chain"], session["target"]) == ("job", "shop")
         assert str(session["peer"]).startswith(f"{address}:")
+
+
+def test_the_record_has_the_digest_of_what_connected(hosts: Hosts) -> None:
+    """The first one about a file may lack it: nobody waits for long."""
+    psql = Path("/usr/lib/postgresql/15/bin/psql")
+    for _attempt in range(10):
+        assert hosts.run(hosts.one, [str(psql), *PSQL[1:], "SELECT 'served'", CONNINFO]) == "served"
+        if found := _asking(hosts.bed).sha256:
+            break
+    assert found == hashlib.sha256(psql.read_bytes()).hexdigest()
 
 
 def test_a_client_behind_a_bridge_that_no_record_is_of_is_refused(hosts: Hosts) -> None:
@@ -173,12 +190,6 @@ def _forget(name: str) -> None:
                 below.rmdir()
 
 
-def _asking(bed: Bed) -> ProcessImage:
-    """The image of the client of the latest session, as it was recorded."""
-    opened = bed.replay(str(bed.sessions()[0]["id"]))[0]
-    return msgspec.convert(opened["chain"], Chain).lineage[-1]
-
-
 def _await_empty(cgroup: Path) -> None:
     """podman's monitor of a container ends a moment after it."""
     deadline = time.monotonic() + 5
@@ -218,6 +229,7 @@ def test_an_agent_in_a_container_of_runc_is_known_by_its_file(hosts: Hosts) -> N
     assert str(session["peer"]).startswith(f"{CONTAINER}:")
     asking, here = _asking(bed), _here()
     assert asking.container == CONTAINER_ID
+    assert asking.sha256 in ("", hashlib.sha256(psql.read_bytes()).hexdigest())
     assert asking.namespaces is not None and asking.namespaces.user == here.user
     assert asking.namespaces.net == Path(f"/run/netns/{hosts.one}").stat().st_ino
     assert asking.namespaces.pid not in (0, here.pid) and asking.namespaces.mnt not in (0, here.mnt)
