@@ -27,7 +27,7 @@ import structlog
 
 from proxy import ports
 from proxy.gateway import tls, upstream
-from proxy.model import Chain, Decision, Endpoint, Reason, Ruling, Target
+from proxy.model import Decision, Endpoint, Reason, Ruling, Target
 from proxy.protocols import base, registry
 from proxy.protocols.base import Side
 from proxy.recording import AuditUnavailable, Writer
@@ -40,6 +40,9 @@ log = structlog.get_logger()
 
 HIGH_WATER = 256 * 1024
 """Bytes that wait for one peer before the other is no longer read."""
+READ_AT_ONCE = 192 * 1024
+"""Bytes that are taken in by one read, at most; what is made of them is then a little more, and still no block that
+malloc maps by itself (see `worker`)."""
 BACKLOG = 1024 * 1024
 """Client bytes taken in while an answer is awaited; up to here a disconnect is noticed at once."""
 LOGIN_TIMEOUT_S = 60.0
@@ -56,6 +59,8 @@ MAX_CERTIFICATE = 256 * 1024
 """Bytes of the gateway's TLS client certificate, key and chain."""
 FLUSH_DELAY_S = 0.01
 """How long the record of what an operation came to may wait for company."""
+_INBOX: Final = bytearray(READ_AT_ONCE)
+_INBOX_VIEW: Final = memoryview(_INBOX)
 # looked up once: members of an enum cost as much as a function call
 _CLIENT: Final = Side.CLIENT
 _HOLD: Final = Decision.HOLD
@@ -66,8 +71,10 @@ HINT_AUDIT = "nothing runs unrecorded: tell the operators of this runner (`hopga
 HINT_TARGET = "tell the operators of this runner: the reason is in hopgate's log and in the session's recording"
 
 
-class Peer(asyncio.Protocol):
-    """One side's socket as the loop sees it."""
+class Peer(asyncio.BufferedProtocol):
+    """One side's socket as the loop sees it. All read into one buffer, since each is done with it before the next: a
+    loop that makes `bytes` itself makes them as large as could come, and a quarter of a megabyte for each idle TLS
+    connection then lies where others have written."""
 
     def __init__(self, session: Session, side: Side) -> None:
         self.session = session
@@ -95,9 +102,12 @@ class Peer(asyncio.Protocol):
         self.transport = cast(asyncio.Transport, transport)
         self.transport.set_write_buffer_limits(high=HIGH_WATER)
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> bytearray:
+        return _INBOX
+
+    def buffer_updated(self, nbytes: int) -> None:
         if not self.dropped:
-            self.session.received(self.side, data)
+            self.session.received(self.side, bytes(_INBOX_VIEW[:nbytes]))
 
     def eof_received(self) -> None:
         if not self.dropped:
@@ -125,7 +135,8 @@ class Session:
         self.id = ""
         self.client = Peer(self, Side.CLIENT)
         self.server: Peer | None = None
-        self.chain: Chain | None = None
+        self.principals: tuple[str, ...] = ()
+        """Of the chain; that itself is the recording's, and large."""
         self.target: Target | None = None
         self.database = ""
         self.judge: Judge | None = None
@@ -190,12 +201,12 @@ class Session:
             descriptor, attributed.session, attributed.records, bytes.fromhex(attributed.digest), self.worker.clock
         )
         self.worker.opened(self)
-        self.chain = attributed.chain
+        self.principals = attributed.chain.principals if attributed.chain is not None else ()
         self.target = self.worker.targets.get(attributed.target)
         refusal = None
         if attributed.refusal:
             refusal = base.Refusal(attributed.refusal, attributed.hint)
-        elif self.target is None or self.chain is None:
+        elif self.target is None or not self.principals:
             refusal = base.Refusal(f"target `{attributed.target}` is not in the policy of this worker", "connect again")
         factory = registry.find(attributed.protocol)
         if factory is None:
@@ -546,11 +557,11 @@ class Session:
     # --- login --------------------------------------------------------------------------------------------------------
 
     async def _log_in(self, ask: base.AskLogin) -> None:
-        assert self.chain is not None
+        assert self.principals
         assert self.target is not None
         assert self.recording is not None
         policy = self.worker.policy
-        ruling = policy.login(self.chain.principals, self.target, ask.database)
+        ruling = policy.login(self.principals, self.target, ask.database)
         try:
             self.recording.login(ask.user, ask.database, ask.parameters, ruling)
         except AuditUnavailable as error:
@@ -561,7 +572,7 @@ class Session:
             self._answer(ask, base.Refusal(ruling.message, ruling.hint))
             return
         self.database = ask.database
-        self.judge = policy.bind(self.chain.principals, self.target, ask.database)
+        self.judge = policy.bind(self.principals, self.target, ask.database)
         try:
             secret = await self._fetch_secret()
             cancel_key = await self.worker.link.cancel_key(self.id) if ask.cancellable else b""
@@ -713,16 +724,16 @@ class Session:
 
     def policy_changed(self) -> None:
         """Rebinds to the worker's new policy; a session whose masks or target changed has to log in anew."""
-        if self.judge is None or self.chain is None or self.target is None:
+        if self.judge is None or not self.principals or self.target is None:
             return
         policy = self.worker.policy
         target = self.worker.targets.get(self.target.name)
-        if target is None or policy.login(self.chain.principals, target, self.database).decision is not Decision.ALLOW:
+        if target is None or policy.login(self.principals, target, self.database).decision is not Decision.ALLOW:
             self.farewell(
                 "the policy changed: this chain may no longer use this target", "ask the owners of the policy"
             )
             return
-        judge = policy.bind(self.chain.principals, target, self.database)
+        judge = policy.bind(self.principals, target, self.database)
         if judge.mask_signature != self.judge.mask_signature or not target.is_still(self.target):
             self.farewell("the policy changed for this target", "connect again")
             return

@@ -28,7 +28,7 @@ class UpstreamError(Exception):
 _context = lru_cache(maxsize=256)(tls.client_context)
 
 
-async def dial(target: Target, endpoint: Endpoint, protocol: asyncio.Protocol) -> asyncio.Transport:
+async def dial(target: Target, endpoint: Endpoint, protocol: asyncio.BaseProtocol) -> asyncio.Transport:
     """Connects to the endpoint that the client dialled. Raises `UpstreamError`."""
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
@@ -45,7 +45,7 @@ async def secure(
     target: Target,
     endpoint: Endpoint,
     transport: asyncio.Transport,
-    protocol: asyncio.Protocol,
+    protocol: asyncio.BaseProtocol,
     alpn: tuple[str, ...] = (),
     certificate: bytes = b"",
 ) -> tuple[asyncio.Transport, bytes]:
