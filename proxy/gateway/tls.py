@@ -91,8 +91,8 @@ def explain(error: Exception) -> str:
         return f"TLS failed: {(error.reason or str(error)).lower().replace('_', ' ')}"
     if isinstance(error, TimeoutError):
         return "it did not answer in time"
-    if isinstance(error, ConnectionResetError | ConnectionAbortedError):
-        return "it ended the connection"
     if isinstance(error, OSError) and error.errno:
         return os.strerror(error.errno).lower()
+    if isinstance(error, ConnectionResetError | ConnectionAbortedError):
+        return "connection reset by peer"
     return str(error) or type(error).__name__
