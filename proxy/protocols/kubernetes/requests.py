@@ -17,6 +17,7 @@ from __future__ import annotations
 import enum
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from typing import Final
 from urllib.parse import quote
 
@@ -60,6 +61,8 @@ _PATCHES = {
     "application/strategic-merge-patch+json": "strategic",
     "application/apply-patch+yaml": "apply",
 }
+KNOWN: Final = 256
+"""Heads that are kept with what they ask for, the latest: whoever polls asks the same again."""
 _SAFE_IN_SEGMENT = "!$&'()*+,;=:@~-._"
 _SAFE_IN_QUERY = "!$'()*,/:@~-._"
 _PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -113,6 +116,7 @@ class _Unclear(Exception):
 # --- the head ---------------------------------------------------------------------------------------------------------
 
 
+@lru_cache(maxsize=KNOWN)
 def classify(head: Head) -> Request:
     """What the head asks for. Never raises for what a client sent."""
     try:
