@@ -12,6 +12,7 @@ import msgspec
 from proxy.model import RequestFacts, Ruling
 
 JSON: Final = b"application/json"
+TEXT: Final = b"text/plain; charset=utf-8"
 MAX_WARNING: Final = 1000
 """Characters of a warning's text."""
 MAX_MESSAGE: Final = 500
@@ -50,6 +51,15 @@ def status(code: int, message: str, facts: RequestFacts | None = None) -> bytes:
         named = {"name": facts.name, "group": facts.group, "kind": facts.resource}
         body["details"] = {key: value for key, value in named.items() if value}
     return msgspec.json.encode({**body, "code": code})
+
+
+def failure(code: int, message: str, facts: RequestFacts | None = None) -> tuple[int, bytes, bytes]:
+    """Status, media type and body of a failure. Where the path is no resource's it is plain text: what fails in
+    discovery is read by client-go, which takes no `Status` apart there (kubectl would print `unknown`) and keeps its
+    readers from whatever a 503 says."""
+    if facts is None or facts.resource:
+        return code, JSON, status(code, message, facts)
+    return 502 if code == 503 else code, TEXT, message.encode() + b"\n"
 
 
 def phrase(code: int) -> str:

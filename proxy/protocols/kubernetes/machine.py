@@ -382,7 +382,8 @@ class KubernetesMachine:
         head, framing = http.read_request(raw)
         if self._refusal is not None:
             status, message, hint = self._refusal
-            said = self._said(head.method, status, message, hint, last=True)
+            failure = answers.failure(status, answers.sentence(message, hint), classify(head).facts)
+            said = self._wrote(head.method, failure, last=True)
             return [said, *self._end(framing, message)]
         self._ids += 1
         request = classify(head)
@@ -829,8 +830,9 @@ class KubernetesMachine:
         assert not exchange.begun
         allowed = reached and exchange.ruling is not None
         last = exchange.closes or not exchange.framing.done or self._server_left
-        body = body or answers.status(status, message, exchange.facts)
-        out: list[Command] = [self._wrote(exchange.method, status, body, last=last)]
+        failure = (status, answers.JSON, body) if body else answers.failure(status, message, exchange.facts)
+        status = failure[0]
+        out: list[Command] = [self._wrote(exchange.method, failure, last=last)]
         if allowed:
             out.append(Completed(exchange.id, "", 0, f"{status} {answers.phrase(status)}: {message}"))
         self._exchange = None
@@ -839,12 +841,13 @@ class KubernetesMachine:
         return out + self._go_on()
 
     def _said(self, method: str, status: int, message: str, hint: str, *, last: bool) -> Send:
-        return self._wrote(method, status, answers.status(status, answers.sentence(message, hint)), last=last)
+        return self._wrote(method, answers.failure(status, answers.sentence(message, hint)), last=last)
 
-    def _wrote(self, method: str, status: int, body: bytes, *, last: bool) -> Send:
-        """An answer with a `Status`, head and body."""
+    def _wrote(self, method: str, failure: tuple[int, bytes, bytes], *, last: bool) -> Send:
+        """An answer of our own, head and body."""
+        status, media, body = failure
         headers = [
-            (b"Content-Type", answers.JSON),
+            (b"Content-Type", media),
             (b"Cache-Control", b"no-cache, private"),
             (b"Content-Length", b"%d" % len(body)),
         ]
