@@ -91,12 +91,17 @@ class ClusterBed:
 
 
 @contextmanager
-def cluster_bed(name: str, *, settings: Mapping[str, object] | None = None) -> Iterator[ClusterBed]:
+def cluster_bed(
+    name: str, *, settings: Mapping[str, object] | None = None, controllers: bool = False
+) -> Iterator[ClusterBed]:
+    """With `controllers` the cluster has a controller manager too."""
     with ExitStack() as stack:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix=f"hopgate-{name}-")))
         directory.chmod(0o711)
         runner, cluster = stack.enter_context(linked_namespaces(RUNNER, CLUSTER))
-        server = stack.enter_context(kubernetes(address=CLUSTER, namespace=cluster, users={"developer": []}))
+        server = stack.enter_context(
+            kubernetes(address=CLUSTER, namespace=cluster, users={"developer": []}, controllers=controllers)
+        )
         node = stack.enter_context(running_node(server))
         hooked = stack.enter_context(cgroup(name))
         made = stack.enter_context(gateway(directory / "gateway", namespace=runner, cgroup=hooked, settings=settings))
