@@ -152,6 +152,13 @@ def test_a_denial_is_a_sentence(harbour: Harbour, configmap: str, hops: Hops, co
     assert data(harbour) == {"a": "apple"}
 
 
+def test_who_may_nothing_is_told_so_by_the_first_discovery(harbour: Harbour, tmp_path: Path) -> None:
+    """Without a cache kubectl begins with `/api`, where it reads no `Status`."""
+    for hops, agent in (("nothing", "nothing"), ([], "unattributed")):
+        done = harbour.kubectl(hops, "get", "pods", HOME=str(tmp_path))
+        assert f"{FORBIDDEN}target `cluster`: agent `{agent}` may not log in" in done.stderr, done.stderr
+
+
 def test_what_is_allowed_is_as_without_a_gateway(harbour: Harbour, configmap: str) -> None:
     for arguments in (["get", "pods", "-o", "name"], ["get", "configmap", "fruit", "-o", "yaml"]):
         done = harbour.kubectl(["full", "limited"], *arguments)

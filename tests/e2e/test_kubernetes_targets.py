@@ -151,6 +151,9 @@ def answered(harbour: Harbour, port: int) -> tuple[list[int], str]:
 def test_a_server_that_is_down_is_told_of(harbour: Harbour, ports: dict[str, int]) -> None:
     statuses, said = answered(harbour, ports["down"])
     assert statuses == [503] and "target `down`" in said and "refused" in said
+    # kubectl, which has asked nothing there before, begins with discovery, and prints other failures of it only
+    said = told(harbour, ports["down"])
+    assert 'Error from server (InternalError): an error on the server ("' in said and "target `down`" in said
 
 
 @pytest.mark.parametrize("kind", ["other-ca", "wrong-name"])
