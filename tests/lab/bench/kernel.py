@@ -180,6 +180,7 @@ def _serving(program: Path, netns: str, *ports: int) -> Iterator[None]:
     """A listener that accepts and closes."""
     listener = cgroups.start([str(program), "serve", *map(str, ports)], netns=netns, stdout=subprocess.PIPE, text=True)
     try:
+        assert listener.stdout is not None
         if listener.stdout.readline() != "ready\n":
             raise BenchError(f"nobody listens at {ports}")
         yield
