@@ -4,9 +4,9 @@
     patched    what the operations of a JSON patch (RFC 6902) put there
 
 A patch shows parts. What it leaves alone is no place. Where it may make something anew (an element of a list, an entry
-of a map, a map that a directive empties), what is missing counts as absent. Directives of strategic merge patches
-(`$patch`, `$retainKeys`, …) take away and never put a value in: next to them what is missing is absent, and behind
-`$patch` what is there may be absent too; `$setElementOrder` changes nothing but order.
+of a map, a map that a directive empties), what is missing counts as absent, and so does all of a list that it empties.
+Directives of strategic merge patches (`$patch`, `$retainKeys`, …) take away and never put a value in: next to them what
+is missing is absent, and behind `$patch` what is there may be absent too; `$setElementOrder` changes nothing but order.
 
 Blind spot: a resource may have its fields elsewhere in another version of its group.
 """
@@ -49,6 +49,8 @@ def places(value: object, steps: tuple[Step, ...], *, partial: bool, anew: bool 
             yield Unseen.ABSENT
         anew = anew or any(key.startswith("$") and not key.startswith(_HARMLESS_DIRECTIVE) for key in value)
         if step is STAR:
+            if not value and not partial:
+                yield Unseen.ABSENT
             for inner in value.values():
                 yield from places(inner, rest, partial=partial, anew=True)
         elif step in value:
@@ -56,6 +58,8 @@ def places(value: object, steps: tuple[Step, ...], *, partial: bool, anew: bool 
         elif anew or not partial:
             yield Unseen.ABSENT
     elif isinstance(value, list) and step is STAR:
+        if not value:
+            yield Unseen.ABSENT
         for inner in value:
             yield from places(inner, rest, partial=partial, anew=True)
     else:

@@ -8,12 +8,16 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import islice
 
 from proxy.model.fields import FieldPath
 from proxy.policy.bodies import Unseen, patched, places
 from proxy.policy.resources import Glob
+
+MAX_PLACES = 4096
+"""Values at one path that are looked at; of more it cannot be told. Everybody else waits meanwhile."""
 
 
 class Could(enum.Enum):
@@ -36,27 +40,29 @@ class Condition:
     def surely(self, body: object, patch: str) -> bool:
         if body is None:
             return False
-        found = list(self._places(body, patch))
+        found = self._places(body, patch)
         return all(self._fits(place) is True for place in found) and (bool(found) or self.absent or bool(patch))
 
     def could(self, body: object, patch: str) -> Could:
         if body is None:
             return Could.YES
-        found = list(self._places(body, patch))
+        found = self._places(body, patch)
         if any(self._fits(place) is not False for place in found):
             return Could.YES
         if not patch:
             return Could.YES if self.absent and not found else Could.NO
         return Could.NO if found and all(isinstance(step, str) for step in self.path.steps) else Could.LEFT
 
-    def _places(self, body: object, patch: str) -> Iterator[object]:
+    def _places(self, body: object, patch: str) -> list[object]:
         match patch:
             case "json":
-                return patched(body, self.path)
+                found = patched(body, self.path)
             case "" | "merge" | "strategic" | "apply":
-                return places(body, self.path.steps, partial=bool(patch))
+                found = places(body, self.path.steps, partial=bool(patch))
             case _:
-                return iter((Unseen.UNTOLD,))
+                return [Unseen.UNTOLD]
+        seen = list(islice(found, MAX_PLACES + 1))
+        return seen if len(seen) <= MAX_PLACES else [Unseen.UNTOLD]
 
     def _fits(self, place: object) -> bool | None:
         """None where it cannot be told."""
@@ -92,6 +98,9 @@ def _text(value: object) -> str | None:
             return value
         case bool():
             return "true" if value else "false"
+        case float() if value.is_integer() and abs(value) < 1 << 63:
+            # a strategic patch may say 0.0 where the server then has 0
+            return str(int(value))
         case float():
             return str(value)
         case int() if abs(value) < 1 << 64:

@@ -73,7 +73,7 @@ class RequestRule:
         if facts.verb not in self.restricts and not self.every_verb:
             return False
         if not facts.resource:
-            return any(glob.matches(facts.path) for glob in self.paths)
+            return any(glob.matches(path) for glob in self.paths for path in _spelled(facts.path))
         return (
             any(each.touches(facts.resource, facts.group, facts.subresource) for each in self.resources)
             and could_be_in(self.namespaces, facts)
@@ -114,7 +114,7 @@ class RequestRule:
     def spells(self, facts: RequestFacts) -> bool:
         """Whether the rule names what the request is about without a star."""
         if not facts.resource:
-            return any(glob.literal and glob.matches(facts.path) for glob in self.paths)
+            return any(glob.literal and glob.matches(path) for glob in self.paths for path in _spelled(facts.path))
         return any(
             each.literal and each.touches(facts.resource, facts.group, facts.subresource) for each in self.resources
         )
@@ -254,6 +254,12 @@ def _fits(globs: tuple[Glob, ...], text: str) -> bool:
     return bool(text) and any(glob.matches(text) for glob in globs)
 
 
+def _spelled(path: str) -> tuple[str, str]:
+    """The path without a slash at its end and with one: servers answer both alike."""
+    bare = path.rstrip("/")
+    return bare, f"{bare}/"
+
+
 def _has_body(facts: RequestFacts) -> bool:
     return facts.verb in _BODIED and facts.subresource not in CONNECTING
 
@@ -270,9 +276,12 @@ def _name(facts: RequestFacts) -> str:
 
 
 def could_be_named(globs: tuple[Glob, ...], facts: RequestFacts) -> bool:
-    """Whether the request could be about an object with such a name."""
+    """Whether the request could be about an object with such a name. For `proxy` a scheme and a port may stand around
+    it: `https:web:443`."""
     name = _name(facts)
-    return not globs or not name or _fits(globs, name)
+    if not globs or not name or _fits(globs, name):
+        return True
+    return facts.subresource == "proxy" and any(_fits(globs, part) for part in name.split(":"))
 
 
 def could_be_in(globs: tuple[Glob, ...], facts: RequestFacts) -> bool:

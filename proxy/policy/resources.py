@@ -152,7 +152,9 @@ class ResourcePattern:
         if not self._fits(resource, group):
             return False
         if self.subresource is None or not subresource:
-            return self.subresource is None and not subresource
+            # the old way to do what `pods/binding` does
+            bound = resource == "bindings" and not group and not self.name.literal
+            return self.subresource is None and not subresource and not bound
         return self.subresource.matches(subresource) and (self.subresource.literal or subresource not in GUARDED)
 
     def touches(self, resource: str, group: str, subresource: str) -> bool:

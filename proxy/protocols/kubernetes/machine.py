@@ -79,6 +79,9 @@ _SERVER: Final = Side.SERVER
 ALPN: Final = ("http/1.1",)
 MAX_KEPT: Final = 2 * 1024 * 1024
 """Bytes of the client that wait behind a request; the session stops reading it before that."""
+MAX_PIPELINED: Final = 128
+"""Requests that come in one go: what they lead to is done in one go too, and everybody else waits meanwhile. Clients of
+Kubernetes send one."""
 MAX_DRAINED: Final = 64 * 1024 * 1024
 """Bytes of a refused body that are read, so that the client gets to read why."""
 MAX_INTERIM: Final = 32
@@ -114,6 +117,7 @@ class KubernetesMachine:
 
     __slots__ = (
         "_asked",
+        "_behind",
         "_blame",
         "_drained",
         "_exchange",
@@ -147,6 +151,8 @@ class KubernetesMachine:
         self._securing_server = False
         self._heads = HeadReader()
         self._inbox = bytearray()
+        self._behind = 0
+        """Requests that were read since nothing of the client waited."""
         self._exchange: Exchange | None = None
         self._ids = 0
         self._served = False
@@ -324,6 +330,7 @@ class KubernetesMachine:
         if self._inbox or not self._reads:
             self._keep(data)
             return []
+        self._behind = 0
         return self._read(bytes(data))
 
     @property
@@ -379,6 +386,9 @@ class KubernetesMachine:
         return out
 
     def _begin_request(self, raw: bytes) -> list[Command]:
+        self._behind += 1
+        if self._behind > MAX_PIPELINED:
+            raise Malformed(f"more than `{MAX_PIPELINED}` requests are sent without waiting for an answer")
         head, framing = http.read_request(raw)
         if self._refusal is not None:
             status, message, hint = self._refusal

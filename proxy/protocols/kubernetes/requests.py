@@ -30,8 +30,10 @@ from proxy.protocols.kubernetes.scrub import scrubbed, scrubbed_words
 from proxy.protocols.kubernetes.yaml import YamlUnreadable, read_yaml
 
 PROTOCOL: Final = "kubernetes"
-MAX_JUDGED_BODY = 8 * 1024 * 1024
-"""Bytes of a body that is read before it is sent on. The server itself takes 3 MiB (its `maxRequestBodyBytes`)."""
+MAX_JUDGED_BODY = 3 * 1024 * 1024
+"""Bytes of a body that is read before it is sent on: as many as the server takes (its `maxRequestBodyBytes`)."""
+MAX_PATCH = 10_000
+"""Operations of a JSON patch: as many as the server takes."""
 MAX_TARGET = 16 * 1024
 """Characters of a request target."""
 MAX_PARAMETERS = 512
@@ -66,6 +68,8 @@ KNOWN: Final = 256
 _SAFE_IN_SEGMENT = "!$&'()*+,;=:@~-._"
 _SAFE_IN_QUERY = "!$'()*,/:@~-._"
 _PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_FOLDED = re.compile(rb"\x7f|\xc2[\x80-\x9f]|\xe2\x80[\xa8\xa9]|\xef\xbb\xbf|\xef\xbf[\xbe\xbf]")
+"""In UTF-8, what YAML takes for the end of a line inside a string, which becomes a space, or takes no text with."""
 _EXACT_NAME = re.compile(r"metadata\.name==?([^=!,\\]+)")
 
 
@@ -256,11 +260,16 @@ def _facts(method: str, segments: Sequence[str], path: str, parameters: Sequence
         name=name,
         label_selector=values.get("labelSelector", "") if selecting else "",
         field_selector=field_selector if selecting else "",
-        dry_run=[value for key, value in parameters if key == "dryRun"] == ["All"],
+        dry_run=_dry([value for key, value in parameters if key == "dryRun"]),
         command=tuple(value for key, value in parameters if key == "command") if subresource == "exec" else (),
         ports=_ports(parameters) if subresource == "portforward" else (),
         opaque=("what the proxied server answers",) if subresource == "proxy" else (),
     )
+
+
+def _dry(values: object) -> bool:
+    """Whether the server only tries it: it takes the word more than once, and no other."""
+    return isinstance(values, list) and bool(values) and all(value == "All" for value in values)
 
 
 def _ports(parameters: Iterable[tuple[str, str]]) -> tuple[int, ...]:
@@ -293,7 +302,13 @@ def _impersonated(head: Head) -> tuple[RequestFacts, ...]:
             )
         )
 
-    for header, value in head.headers:
+    for header, raw in head.headers:
+        if not header.startswith("impersonate-"):
+            continue
+        try:
+            value = raw.encode("latin-1").decode("utf-8")
+        except UnicodeError:
+            raise _Unclear(f"`{header}` is no UTF-8") from None
         if header == "impersonate-user":
             account = value.split(":")
             if len(account) == 4 and account[:2] == ["system", "serviceaccount"]:
@@ -307,7 +322,7 @@ def _impersonated(head: Head) -> tuple[RequestFacts, ...]:
         elif header.startswith("impersonate-extra-"):
             key = _decoded(header.removeprefix("impersonate-extra-"))
             add("userextras", value, group="authentication.k8s.io", subresource=key)
-        elif header.startswith("impersonate-"):
+        else:
             raise _Unclear(f"`{header}` asks to act as somebody in a way that is not known")
     return tuple(found)
 
@@ -324,7 +339,7 @@ def describe(request: Request, head: Head, body: bytes) -> Described:
     if not unclassified and request.body is Body.JUDGED and body:
         try:
             value, patch, content_type = _decode(facts, content_type, head, body)
-            sent = msgspec.json.encode(value)
+            sent = _encode(value, patch)
             facts = _with_body(facts, value, patch)
         except _Unclear as unclear:
             unclassified, sent = str(unclear), b""
@@ -363,7 +378,20 @@ def _decode(facts: RequestFacts, content_type: str, head: Head, body: bytes) -> 
             raise _Unclear(f"the body is no YAML that can be read: {unreadable}") from None
     if not isinstance(value, list if patch == "json" else dict):
         raise _Unclear("the body is no JSON array of operations" if patch == "json" else "the body is no JSON object")
+    if isinstance(value, list) and len(value) > MAX_PATCH:
+        raise _Unclear(f"the patch has more than `{MAX_PATCH}` operations, which no server takes")
     return value, patch, media if patch else "application/json"
+
+
+def _encode(value: object, patch: str) -> bytes:
+    """JSON; for server-side apply, which is read as YAML, without the characters that only JSON takes for text."""
+    try:
+        encoded = msgspec.json.encode(value)
+    except RecursionError as error:
+        raise _Unclear(f"the body cannot be written anew: {_short(error)}") from None
+    if patch == "apply":
+        encoded = _FOLDED.sub(lambda match: b"\\u%04x" % ord(match[0].decode()), encoded)
+    return encoded
 
 
 def _short(error: Exception) -> str:
@@ -378,7 +406,7 @@ def _with_body(facts: RequestFacts, value: object, patch: str) -> RequestFacts:
             name = metadata["name"]
         if facts.verb in ("delete", "deletecollection"):
             # the server looks at the query only where there is no body
-            dry_run = value.get("dryRun") == ["All"]
+            dry_run = _dry(value.get("dryRun"))
     return RequestFacts(
         verb=facts.verb,
         path=facts.path,

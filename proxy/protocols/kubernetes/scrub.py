@@ -18,7 +18,8 @@ _TELLING = re.compile(
     r"pass(word|wd|phrase)?$|secret|token|credential|private[-_]?key|api[-_]?key|\.dockerconfigjson", re.I
 )
 _TELLING_WORD = re.compile(
-    r"(?i)((?:pass(?:word|wd)?|secret|token|credential|api[-_]?key)[^=:\s]*[=:])\S+|(://[^/\s:@]*:)[^@\s]+(?=@)"
+    r"(?i)((?:pass(?:word|wd)?|secret|token|credential|api[-_]?key)[^=:\s]{0,64}+[=:])\S+"
+    r"|(://[^/\s:@]{0,64}+:)[^@\s]{1,2048}+(?=@)"
 )
 _WHOLE = {"secrets": ("data", "stringData"), "configmaps": ("data", "binaryData")}
 _APPLIED = "kubectl.kubernetes.io/last-applied-configuration"

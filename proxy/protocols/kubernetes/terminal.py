@@ -147,14 +147,11 @@ class Observation:
 
     def _resize(self, data: bytes) -> None:
         """The client sends JSON objects, one behind the other."""
-        self._size += data
-        while True:
-            text, brace, rest = self._size.partition(b"}")
-            if not brace:
-                break
-            self._size = rest.lstrip()
+        *texts, rest = (self._size + data).split(b"}")
+        self._size = rest.lstrip()
+        for text in texts:
             try:
-                size = msgspec.json.decode(text + brace, type=dict[str, int])
+                size = msgspec.json.decode(text + b"}", type=dict[str, int])
             except (msgspec.MsgspecError, UnicodeDecodeError) as error:
                 raise PeerViolation("a terminal's size that is none", Side.CLIENT) from error
             folded = {name.lower(): number for name, number in size.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -894,3 +895,68 @@ def test_what_is_typed_goes_on_record_where_any_hop_says_so(judge: Bench, decisi
 def test_only_a_terminal_that_is_granted_has_input_to_record(tmp_path: Path, wrong: Any) -> None:
     with pytest.raises(PolicyError, match="`record` is of"):
         policy(tmp_path, wrong)
+
+
+# --- spelled in another way -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["private", "private:80", "http:private:80", "https:private:", ":private:"])
+def test_a_scheme_and_a_port_around_a_proxied_name_do_not_hide_it(judge: Bench, name: str) -> None:
+    everything = rule("all", "allow", "*", "*/proxy")
+    text = f"create services/{name} proxy in shop"
+    assert decided(judge(everything, rule("no", "deny", "create", "services/proxy", names="private")), text) == DENY
+    hidden = rule("hidden", None, masks=[{"resource": "services", "names": "private", "method": "hide"}])
+    assert decided(judge(everything, hidden), text) == DENY
+    # but a grant is for the name as it stands
+    granted = decided(judge(rule("one", "allow", "create", "services/proxy", names="private")), text)
+    assert granted == (ALLOW if name == "private" else DENY)
+
+
+def test_a_slash_at_the_end_of_a_path_does_not_lead_around_a_denial(judge: Bench) -> None:
+    bound = judge(rule("all", "allow", "*", paths="*"), rule("no", "deny", "*", paths=["/version", "/logs/"]))
+    for path in ("/version", "/version/", "/logs", "/logs/"):
+        assert decided(bound, f"get {path}") == DENY
+    assert decided(bound, "get /logs/x") == ALLOW
+    assert decided(judge(rule("one", "allow", "get", paths="/metrics")), "get /metrics/") == DENY
+
+
+def test_bindings_have_to_be_named(judge: Bench) -> None:
+    assert decided(judge(rule("all", "allow")), "create bindings/web in shop") == DENY
+    assert decided(judge(rule("one", "allow", "create", "bindings")), "create bindings/web in shop") == ALLOW
+    assert decided(judge(rule("all", "allow"), rule("no", "deny")), "create bindings/web in shop") == DENY
+
+
+@pytest.mark.parametrize("spelled", ["0", "0.0", "-0.0", "0e5"])
+def test_a_whole_number_is_the_same_however_it_is_spelled(judge: Bench, spelled: str) -> None:
+    """A server that merges strategically takes 0.0 for 0."""
+    stop = rule("stop", "deny", "patch", "deployments.apps", where=[{"path": "spec.replicas", "in": "0"}])
+    body = json.loads(f'{{"spec": {{"replicas": {spelled}}}}}')
+    assert decided(judge(rule("all", "allow"), stop), "patch deployments.apps/web in shop", body, "strategic") == DENY
+
+
+@pytest.mark.parametrize(
+    ("body", "patch"),
+    [
+        ({"spec": {"containers": []}}, "merge"),
+        ({"spec": {"containers": []}}, "strategic"),
+        ([{"op": "replace", "path": "/spec/containers", "value": []}], "json"),
+        ([{"op": "add", "path": "/spec", "value": {"containers": {}}}], "json"),
+    ],
+)
+def test_a_patch_that_empties_a_list_takes_its_values_away(judge: Bench, body: object, patch: str) -> None:
+    def granted(**more: object) -> Decision:
+        where = [{"path": "spec.containers[*].image", "in": "x/*", **more}]
+        return decided(judge(rule("one", "allow", "patch", "pods", where=where)), "patch pods/a in shop", body, patch)
+
+    assert (granted(), granted(absent=True)) == (DENY, ALLOW)
+
+
+def test_more_values_than_are_looked_at_cannot_be_told(judge: Bench) -> None:
+    body = {"spec": {"containers": [{"image": "x/a"}] * 300_000}}
+    where = [{"path": "spec.containers[*].image", "in": "x/*"}]
+    began = time.process_time()
+    assert decided(judge(rule("one", "allow", "update", "pods", where=where)), "update pods/a in shop", body) == DENY
+    other = [{"path": "spec.containers[*].image", "in": "y/*"}]
+    denies = (rule(f"no-{index}", "deny", "update", "pods", where=other) for index in range(20))
+    assert decided(judge(rule("all", "allow"), *denies), "update pods/a in shop", body) == DENY
+    assert time.process_time() - began < 1

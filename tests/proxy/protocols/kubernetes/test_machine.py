@@ -25,7 +25,7 @@ from proxy.protocols.base import (
 )
 from proxy.protocols.kubernetes import machine as module
 from proxy.protocols.kubernetes.http import CONTINUE
-from proxy.protocols.kubernetes.machine import KubernetesMachine
+from proxy.protocols.kubernetes.machine import MAX_PIPELINED, KubernetesMachine
 from proxy.protocols.kubernetes.requests import MAX_JUDGED_BODY
 from tests.proxy.protocols.kubernetes.playing import (
     ALLOW,
@@ -340,7 +340,7 @@ def test_a_body_that_is_too_large_to_be_judged_is_refused_and_recorded(framed: s
                 player.client(b"100000\r\n" + b"x" * 0x100000 + b"\r\n")
     (answer,) = player.answers("POST")
     assert answer.status == 413 and answer.json["reason"] == "RequestEntityTooLarge"
-    assert "8388608" in seen[0].unclassified and not player.sent[S]
+    assert str(MAX_JUDGED_BODY) in seen[0].unclassified and not player.sent[S]
 
 
 def test_what_cannot_be_classified_is_asked_about_with_the_reason() -> None:
@@ -535,6 +535,18 @@ def test_pipelined_requests_wait_their_turn() -> None:
     assert [answer.body for answer in player.answers()] == [b"a", b"b", b"c"]
     assert [sent.target[-1] for sent in player.requests()] == ["a", "b", "c"]
     assert not player.machine.unanswered
+
+
+def test_requests_that_come_in_one_go_are_so_many_at_most() -> None:
+    """What they lead to is done before anybody else's."""
+    player = Player(lambda operation: DENY)
+    player.client(request("GET", "/x") * (MAX_PIPELINED + 10))
+    statuses = [answer.status for answer in player.answers()]
+    assert statuses == [403] * MAX_PIPELINED + [400] and player.closed
+    player = Player(lambda operation: DENY)
+    for _ in range(MAX_PIPELINED + 10):
+        player.client(request("GET", "/x"))
+    assert not player.closed
 
 
 def test_a_broken_request_behind_a_good_one_costs_the_good_one_nothing() -> None:
