@@ -93,6 +93,8 @@ _SAME = (
     (r"(resourceVersion\"?: ?\"?)\d+", r"\1N"),
     (r"\b\d+(\.\d+)?(ms|s|m|m\d+s|h|d)\b", "AGE"),
     (r"(pid|PID)[ =]\d+", "PID"),
+    # what the controllers call pods and the volumes of their accounts
+    (r"(-[0-9a-f]{8,10}|kube-api-access)-[a-z0-9]{5}\b", r"\1-RANDOM"),
     (r"/tmp/[\w./-]+", "FILE"),
     (r" +$", ""),
     (r"[ \t]+", " "),
