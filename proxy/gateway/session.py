@@ -477,9 +477,9 @@ class Session:
         approval = ports.new_approval_id(secrets.randbelow)
         holding = [reason for reason in ruling.reasons if reason.decision is Decision.HOLD]
         self._held = (ask, ruling)
-        preview = await self._look_ahead(ask)
         try:
             self.recording.held(ask.id, ask.operation, ruling, approval)
+            preview = await self._look_ahead(ask)
             decided = await self.worker.link.hold(
                 session=self.id,
                 approval=approval,
@@ -528,7 +528,12 @@ class Session:
                 self.recording.decided(ask.id, approval, outcome, by, why)
         except AuditUnavailable as error:
             self._lose_audit(error)
-        self._answer_recorded(ask, _after_hold(ruling, approval, outcome, by, why))
+        final = _after_hold(ruling, approval, outcome, by, why)
+        if final.decision is Decision.ALLOW and self.judge is not None:
+            # a human grants what a rule holds; what the policy denies by now is nobody's to grant
+            now = self.judge.decide(ask.operation)
+            final = now if now.decision is _DENY else final
+        self._answer_recorded(ask, final)
 
     async def cancel(self) -> None:
         """Somebody with the right key cancels what this session runs, or waits for. Returns once the server knows."""

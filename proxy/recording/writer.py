@@ -166,7 +166,7 @@ class Writer:
         self._released_us.pop(op - _RUNNING, None)
 
     def held(self, op: int, operation: Operation, ruling: Ruling, approval: str) -> None:
-        """Must return before a human is asked."""
+        """Must return before a human is asked, or the target what would come of it."""
         piece = self._pieces.piece(operation, ruling)
         name = encode(approval)
         self._write(b'{"is":"held","at_us":%d,"op":%d,"approval":%b,%b' % (self._now_us(), op, name, piece))
