@@ -22,6 +22,7 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import msgspec
 
@@ -39,12 +40,22 @@ _VERSIONS_MAX = 4096
 _QUEUE_MAX = 1024
 
 
+class _Seen(NamedTuple):
+    """A file that did not change between `changed_ns` (CLOCK_REALTIME) and `at_ns` (CLOCK_MONOTONIC): what
+    every image of it runs that started meanwhile."""
+
+    digest: str
+    changed_ns: int
+    at_ns: int
+
+
 class Digests:
     """To be asked by one thread."""
 
     def __init__(self) -> None:
         self._versions: OrderedDict[tuple[int, ...], str] = OrderedDict()
-        """The thread's own."""
+        self._seen: OrderedDict[tuple[int, int], _Seen] = OrderedDict()
+        """By device and inode as the kernel names them. These two are the thread's own."""
         self._images: OrderedDict[int, str] = OrderedDict()
         """By node, empty where there will be none. This and what follows is guarded by `_changed`."""
         self._queue: deque[ProcessImage | str] = deque()
@@ -106,7 +117,9 @@ class Digests:
                 if len(self._images) > _IMAGES_MAX:
                     self._images.popitem(last=False)
                 self._asked.discard(wanted.node)
-                self._changed.notify_all()
+                # not for each: who waits would take turns with us for nothing
+                if not self._asked:
+                    self._changed.notify_all()
 
     def _next(self) -> ProcessImage | str | None:
         with self._changed:
@@ -123,26 +136,34 @@ class Digests:
         except OSError:
             return
         try:
-            self._of_file(fd)
+            self._of_file(fd, os.fstat(fd))
         finally:
             os.close(fd)
 
     def _of_image(self, image: ProcessImage) -> str:
+        started_ns = files.wall_ns(image.start_ns)
+        seen = self._seen.get((image.device, image.inode))
+        if seen is not None and seen.changed_ns <= started_ns and image.start_ns <= seen.at_ns:
+            return seen.digest
+        at_ns = time.monotonic_ns()
         for path in _paths(image):
             try:
                 fd = _opened(path, image)
             except OSError:
                 continue
             try:
-                if os.fstat(fd).st_ctime_ns <= files.wall_ns(image.start_ns):
-                    return self._of_file(fd)
+                status = os.fstat(fd)
+                if status.st_ctime_ns <= started_ns and (digest := self._of_file(fd, status)):
+                    self._seen[image.device, image.inode] = _Seen(digest, status.st_ctime_ns, at_ns)
+                    if len(self._seen) > _VERSIONS_MAX:
+                        self._seen.popitem(last=False)
+                    return digest
             finally:
                 os.close(fd)
             return ""
         return ""
 
-    def _of_file(self, fd: int) -> str:
-        status = os.fstat(fd)
+    def _of_file(self, fd: int, status: os.stat_result) -> str:
         version = files.version(status)
         known = self._versions.get(version)
         if known is not None:

@@ -140,6 +140,21 @@ def test_a_file_that_was_changed_after_the_image_started_tells_nothing(patient: 
     assert told(patient, image, run(exe)) == ["", sha256(exe)]
 
 
+def test_a_file_that_is_gone_is_known_for_who_started_before_it_was_seen_last(
+    patient: Digests, exe: Path, run: Run
+) -> None:
+    digest = sha256(exe)
+    early, late = run(exe, "0"), run(exe)
+    assert told(patient, late) == [digest]
+    changed_ns = exe.stat().st_ctime_ns
+    exe.unlink()
+    after = msgspec.structs.replace(early, node=98, start_ns=time.monotonic_ns())
+    before_s = (time.time_ns() - changed_ns) / 1e9 + 1
+    older = msgspec.structs.replace(early, node=99, start_ns=time.monotonic_ns() - int(before_s * 1e9))
+    until(lambda: not Path(f"/proc/{early.tgid}/exe").exists())
+    assert told(patient, early, after, older) == [digest, "", ""]
+
+
 def test_a_file_that_changes_while_it_is_read_tells_nothing(
     patient: Digests, exe: Path, run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
