@@ -27,7 +27,7 @@ import structlog
 
 from proxy import ports
 from proxy.gateway import tls, upstream
-from proxy.model import Decision, Endpoint, Reason, Ruling, Target
+from proxy.model import Decision, Endpoint, Operation, Reason, Ruling, Target
 from proxy.protocols import base, registry
 from proxy.protocols.base import Side
 from proxy.recording import AuditUnavailable, Writer
@@ -144,6 +144,8 @@ class Session:
         self.recording: Writer | None = None
         self.operations = 0
         self.denied = 0
+        self._running: dict[int, Operation] = {}
+        """Requests that were allowed and have not ended: a watch or a terminal lasts for hours."""
         self._accepted: socket.socket | None = None
         self._dialled = Endpoint("", 0)
         self._derived: tuple[tuple[str, str], ...] = ()
@@ -398,6 +400,7 @@ class Session:
 
     def _complete(self, done: base.Completed) -> None:
         """What an operation came to is written a little later, in one go with others: it has happened already."""
+        self._running.pop(done.id, None)
         if self.recording is None or self._audit_lost:
             return
         self.recording.completed(done.id, done.tag, done.rows, done.error, done.masked)
@@ -470,6 +473,8 @@ class Session:
                 ruling = _unrecordable(ruling, self._audit_lost)
         if ruling.decision is _DENY:
             self.denied += 1
+        elif ask.operation.requests:
+            self._running[ask.id] = ask.operation
         self._answer(ask, ruling)
 
     async def _hold(self, ask: base.AskRuling, ruling: Ruling) -> None:
@@ -728,7 +733,8 @@ class Session:
     # --- policy -------------------------------------------------------------------------------------------------------
 
     def policy_changed(self) -> None:
-        """Rebinds to the worker's new policy; a session whose masks or target changed has to log in anew."""
+        """Rebinds to the worker's new policy; a session whose masks or target changed has to log in anew, and one in
+        which a request runs that is denied by now ends."""
         if self.judge is None or not self.principals or self.target is None:
             return
         policy = self.worker.policy
@@ -743,6 +749,11 @@ class Session:
             self.farewell("the policy changed for this target", "connect again")
             return
         self.judge = judge.with_derived(self._derived)
+        for operation in self._running.values():
+            ruling = self.judge.decide(operation)
+            if ruling.decision is _DENY:
+                self.farewell(f"the policy changed: {ruling.message}", ruling.hint)
+                return
 
     # --- the end ------------------------------------------------------------------------------------------------------
 

@@ -12,7 +12,9 @@ import pytest
 from proxy import ports
 from proxy.gateway.session import Session
 from proxy.model import Decision, Operation, OperationKind, Phase, Reason, Ruling
-from proxy.protocols.base import AskRuling, Preview
+from proxy.policy.testing import request
+from proxy.protocols.base import AskRuling, Completed, Preview
+from tests.proxy.policy.test_requests import policy, rule
 from tests.proxy.recording.test_recording import begin
 
 OPERATION = Operation("kubernetes", OperationKind.REQUEST, Phase.EXECUTE, "delete pods/web", "delete pods/web", ())
@@ -82,3 +84,52 @@ def test_an_approval_does_not_grant_what_the_policy_denies_by_now(tmp_path: Path
     assert "approved by ada" in str(final.reasons) or later is Decision.DENY
     last = bed.path.read_text().splitlines()[-1]
     assert '"is":"ruled"' in last and f'"decision":"{final.decision.name.lower()}"' in last
+
+
+EXEC = request("create pods/web exec in shop: sh")
+SHELL = rule("shell", "allow", "create", "pods/exec")
+READ = rule("read", "allow", "read", "pods")
+
+
+@pytest.mark.parametrize(
+    ("later", "ends"),
+    [
+        ((SHELL,), False),
+        ((SHELL, rule("no", "deny", "delete", "pods")), False),
+        ((rule("ask", "hold", "create", "pods/exec"),), False),
+        ((READ,), True),
+        ((SHELL, rule("no", "deny", "create", "pods/exec")), True),
+    ],
+)
+@pytest.mark.parametrize("done", [False, True])
+def test_what_runs_ends_when_the_policy_denies_it(
+    tmp_path: Path, later: tuple[Any, ...], ends: bool, done: bool
+) -> None:
+    bed = Bed(tmp_path)
+    session = bed.session
+    farewells: list[str] = []
+
+    def farewell(message: str, hint: str) -> list[object]:
+        farewells.append(message)
+        return []
+
+    session.machine = cast(Any, SimpleNamespace(answer=bed.answer, unanswered=False, farewell=farewell))
+
+    def turn(*rules: Any) -> None:
+        compiled = policy(tmp_path, *rules)
+        cast(Any, session.worker).policy, cast(Any, session.worker).targets = compiled, compiled.targets
+        session.target = session.target or compiled.targets["cluster"]
+
+    async def played() -> None:
+        turn(SHELL)
+        assert session.target is not None
+        session.principals = ("A",)
+        session.judge = session.worker.policy.bind(("A",), session.target, "")
+        session._carry_out([AskRuling(1, EXEC), *([Completed(1, "")] if done else [])])
+        turn(*later)
+        session.policy_changed()
+
+    asyncio.run(played())
+    assert bed.replies[0].decision is Decision.ALLOW
+    assert len(farewells) == (ends and not done)
+    assert all("may not create pods/web exec in shop" in each for each in farewells)
