@@ -71,14 +71,19 @@ static void serve(const char *port)
 {
 	struct sockaddr_in6 here = {.sin6_family = AF_INET6, .sin6_port = htons(atoi(port))};
 	int on = 1, off = 0, fd = socket(AF_INET6, SOCK_STREAM, 0);
+	pid_t parent = getpid();
 
+	/* the one before may not be quite gone */
 	setsockopt(fd, SOL_SOCKET, SO_REUSEADDR, &on, sizeof(on));
+	setsockopt(fd, SOL_SOCKET, SO_REUSEPORT, &on, sizeof(on));
 	setsockopt(fd, IPPROTO_IPV6, IPV6_V6ONLY, &off, sizeof(off));
 	if (bind(fd, (void *)&here, sizeof(here)) || listen(fd, BACKLOG))
 		fail(port);
 	if (fork())
 		return;
 	prctl(PR_SET_PDEATHSIG, SIGKILL);
+	if (getppid() != parent)
+		_exit(0);
 	for (;;)
 		close(accept(fd, NULL, NULL));
 }
