@@ -176,7 +176,7 @@ def test_ports_are_forwarded(harbour: Harbour, kubectl: Kubectl) -> None:
             thread.join(30)
         assert said == {number: f"{number}:".encode() + b"A" * 300_000 for number in range(6)}
     connections = [record for record in harbour.ruled_since(mark) if record.kind == "forward"]
-    assert [record.text for record in connections] == [f"create pods/{POD} portforward in default to {WEB_PORT}"] * 6
+    assert [record.text for record in connections] == [f"forward pods/{POD} in default to {WEB_PORT}"] * 6
 
 
 def test_logs_are_followed(harbour: Harbour, kubectl: Kubectl) -> None:

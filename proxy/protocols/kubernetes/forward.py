@@ -29,7 +29,7 @@ from proxy.model import Decision, Operation, OperationKind, Phase, RequestFacts,
 from proxy.protocols.base import AskRuling, Buffer, Command, Completed, PeerViolation, Reply, Send, Side
 from proxy.protocols.kubernetes import websocket
 from proxy.protocols.kubernetes.relay import OTHER, PORT, REQUEST_ID, SpdyRelay, Stream
-from proxy.protocols.kubernetes.requests import PROTOCOL, tell
+from proxy.protocols.kubernetes.requests import PROTOCOL, told_inside
 from proxy.protocols.kubernetes.spdy import Data, Frame, Headers, SynReply, SynStream
 from proxy.protocols.kubernetes.websocket import ChannelReader, Chunk
 
@@ -102,7 +102,7 @@ class _Questions:
             return []
         self._asked = self._queue.popleft()
         facts = replace(self._facts, ports=(self._asked.port,))
-        text = tell(facts)
+        text = told_inside(facts)
         operation = Operation(
             protocol=PROTOCOL,
             kind=OperationKind.FORWARD,

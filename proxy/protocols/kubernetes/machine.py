@@ -32,7 +32,7 @@ from typing import Final
 
 import h11
 
-from proxy.model import Decision, Ruling, TlsMode
+from proxy.model import Decision, Ruling, Target, TlsMode
 from proxy.protocols.base import (
     Ask,
     AskCredential,
@@ -93,7 +93,7 @@ MAX_ERROR: Final = 16 * 1024
 _RETRIED: Final = ("GET", "HEAD", "OPTIONS")
 """What a client asks again by itself when a kept connection ends without a word (RFC 9112, 9.3.1)."""
 _BODIED: Final = ("POST", "PUT", "PATCH")
-_ASKED_WITH: Final = ("host", "user-agent")
+_ASKED_WITH: Final = ("user-agent",)
 """Headers of the client's that questions of our own carry, beside the identities that it asks to act as."""
 _TOKEN: Final = re.compile(r"[\x21-\x7e]*")
 _redactor = lru_cache(maxsize=64)(Redactor)
@@ -306,10 +306,13 @@ class KubernetesMachine:
         self._asked = AskLogin("", "", cancellable=False)
         return [self._asked]
 
+    def _target(self) -> Target:
+        assert self._login is not None
+        return self._login.target
+
     def _secure_server(self) -> list[Command]:
         """The handshake with the server that stands, if there is to be one and it has not been."""
-        assert self._login is not None
-        if self._securing_server or self._login.target.tls_mode is TlsMode.DISABLE:
+        if self._securing_server or self._target().tls_mode is TlsMode.DISABLE:
             return []
         self._securing_server = True
         return [StartTls(_SERVER, ALPN)]
@@ -510,8 +513,8 @@ class KubernetesMachine:
         assert head is not None
         assert described is not None
         headers = http.forwarded(head)
-        dropped: set[bytes] = set()
-        added: http.Headers = []
+        dropped = {b"host"}
+        added: http.Headers = [(b"host", _authority(self._target()))]
         upgrade = ", ".join(head.values("upgrade"))
         if exchange.plan is not None:
             accept = exchange.plan.accept(", ".join(head.values("accept")))
@@ -576,6 +579,7 @@ class KubernetesMachine:
             for name, value in http.forwarded(exchange.head)
             if name.decode("latin-1") in _ASKED_WITH or name.startswith(b"impersonate-")
         ]
+        headers.append((b"host", _authority(self._target())))
         headers += [(b"accept", b"application/json"), (b"accept-encoding", b"identity")]
         if question.body:
             headers.append((b"content-type", question.content_type.encode("latin-1")))
@@ -902,3 +906,11 @@ class KubernetesMachine:
         self._reader = None
         self._inbox = bytearray()
         return [Close(reason)]
+
+
+def _authority(target: Target) -> bytes:
+    """The `Host` that the server is asked by: its own, since behind a front of several clusters the client's would
+    choose to whom the gateway shows its token."""
+    name = target.server_name or (target.endpoints[0].address if target.endpoints else "")
+    name = f"[{name}]" if ":" in name else name
+    return (f"{name}:{target.endpoints[0].port}" if target.endpoints else name).encode("latin-1")

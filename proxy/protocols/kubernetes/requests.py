@@ -14,6 +14,7 @@ send JSON), what an admission webhook makes of an object.
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import re
 from collections.abc import Iterable, Sequence
@@ -452,6 +453,11 @@ def _operation(facts: RequestFacts, request: Request, unclassified: str) -> Oper
         once=True,
         requests=(facts, *request.impersonated),
     )
+
+
+def told_inside(facts: RequestFacts) -> str:
+    """What a person would call a connection inside a port-forward: `forward pods/web in shop to 5432`."""
+    return tell(dataclasses.replace(facts, verb="forward", subresource=""))
 
 
 def tell(facts: RequestFacts) -> str:

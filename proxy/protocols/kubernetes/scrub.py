@@ -1,5 +1,5 @@
-"""Takes secrets out of what is written down of a request: values of Secrets and ConfigMaps, of environment variables,
-of fields and words whose names say that they hold one.
+"""Takes secrets out of what is written down of a request: values of Secrets, of environment variables, of fields and
+words whose names say that they hold one.
 
 It is for recordings and previews, and generous: what looks like a secret is left out. It never changes what is sent.
 
@@ -21,7 +21,7 @@ _TELLING_WORD = re.compile(
     r"(?i)((?:pass(?:word|wd)?|secret|token|credential|api[-_]?key)[^=:\s]{0,64}+[=:])\S+"
     r"|(://[^/\s:@]{0,64}+:)[^@\s]{1,2048}+(?=@)"
 )
-_WHOLE = {"secrets": ("data", "stringData"), "configmaps": ("data", "binaryData")}
+_WHOLE = {"secrets": ("data", "stringData"), "configmaps": ("binaryData",)}
 _APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 
 

@@ -611,7 +611,7 @@ def test_the_machine_forwards_holds_and_denies_port_by_port(cluster: Cluster, ku
                 forwarding.wait_for("denied for agent (ask the owners)")
             forwards = [operation for operation in pump.asked if operation.kind is OperationKind.FORWARD]
             assert [operation.requests[0].ports for operation in forwards] == [(free,), (held,), (denied,)]
-            assert forwards[0].text == f"create pods/shell portforward in default to {free}"
+            assert forwards[0].text == f"forward pods/shell in default to {free}"
             assert forwards[1].recorded_text in pump.previews
             deadline = time.monotonic() + TIMEOUT_S
             while "2 connections" not in [done.tag for done in pump.done] and time.monotonic() < deadline:

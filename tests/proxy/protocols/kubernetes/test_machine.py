@@ -129,7 +129,7 @@ def test_a_request_goes_on_with_the_gateways_credential_and_without_the_clients(
         ("accept", "application/json;as=Table"),
         ("accept-encoding", "gzip"),
         ("authorization", f"Bearer {TOKEN}"),
-        ("host", "cluster:6443"),
+        ("host", "kubernetes:6443"),
         ("user-agent", "kubectl/v1.33"),
     ]
     player.server(response(POD, "200 OK", "Audit-Id: 7"))

@@ -458,7 +458,7 @@ def test_a_connection_inside_a_forward_is_judged_and_counted(in_websocket: bool)
     (ask,) = forwarded.session.asked
     operation = ask.operation
     assert (operation.kind, operation.once, operation.protocol) == (OperationKind.FORWARD, True, "kubernetes")
-    assert operation.text == "create pods/web portforward in shop to 5432"
+    assert operation.text == "forward pods/web in shop to 5432"
     (request,) = operation.requests
     assert (request.verb, request.target, request.ports) == ("create", "pods/portforward", (5432,))
     assert (request.namespace, request.name) == ("shop", "web")
