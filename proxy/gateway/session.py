@@ -40,6 +40,9 @@ log = structlog.get_logger()
 
 HIGH_WATER = 256 * 1024
 """Bytes that wait for one peer before the other is no longer read."""
+OBSERVED_HIGH_WATER = 8 * 1024 * 1024
+"""The same for an operation whose bytes go through as they come. uvloop's TLS drops what it holds when a peer ends
+while it is not read, and a command's server ends with its output: so it is read on for longer."""
 READ_AT_ONCE = 192 * 1024
 """Bytes that are taken in by one read, at most; what is made of them is then a little more, and still no block that
 malloc maps by itself (see `worker`)."""
@@ -156,6 +159,7 @@ class Session:
         self._preview: asyncio.Future[str] | None = None
         self._secret = ports.Secret(id=0, user="", password="")
         self._certificate = b""
+        self._observing = False
         self._secret_until = 0.0
         self._audit_lost = ""
         self._backlog = 0
@@ -412,6 +416,9 @@ class Session:
         """What goes through an operation is recorded first; what cannot be, goes nowhere."""
         if self.recording is None or self._closing:
             return
+        if not self._observing and self.client.transport is not None:
+            self._observing = True
+            self.client.transport.set_write_buffer_limits(high=OBSERVED_HIGH_WATER)
         try:
             self.recording.observed(seen.id, seen.channel, seen.data)
         except AuditUnavailable as error:
