@@ -47,7 +47,6 @@ _CHAINS = {
 _ESCAPES = ("HOPGATE-OUT", "HOPGATE-FWD")
 # not `--syn`: to conntrack a SYN with FIN is invalid and never gets to nat, but not every server minds it
 _BEGINS_TCP = "-p tcp --tcp-flags SYN,ACK SYN"
-_GOES_ON_TCP = "-p tcp ! --tcp-flags SYN,ACK SYN"
 _TIMEOUT_S = 30
 _WAIT_S = "5"
 _LEGACY_TABLES = {4: "/proc/thread-self/net/ip_tables_names", 6: "/proc/thread-self/net/ip6_tables_names"}
@@ -273,8 +272,7 @@ def _restore(family: int, text: str) -> None:
 def _table_text(rules: Rules, family: int, table: str, saved: list[str]) -> str:
     """What replaces our chains of a table, and the jumps to them unless they are right, as one transaction."""
     matches = (f"-m set --match-set {_PORTS_SET} dst", f"-m set --match-set {_ENDPOINTS_SET[family]} dst,dst")
-    # the mark first: it is cheap to tell that a packet does not have it
-    exempt = f"-m mark --mark {rules.mark:#x} -m cgroup --path {_quoted(rules.worker_cgroup)}"
+    exempt = f"-m cgroup --path {_quoted(rules.worker_cgroup)} -m mark --mark {rules.mark:#x}"
     redirect = f"-j REDIRECT --to-ports {rules.listen_port}"
     unreachable = "icmp-port-unreachable" if family == 4 else "icmp6-port-unreachable"
     bodies = {
@@ -291,7 +289,6 @@ def _table_text(rules: Rules, family: int, table: str, saved: list[str]) -> str:
             "-j REJECT --reject-with tcp-reset",
             f"-A HOPGATE-OUT {exempt} -j RETURN",
             *(f"-A {chain} -p tcp -f -j DROP" for chain in _ESCAPES if family == 4),
-            *(f"-A {chain} {_GOES_ON_TCP} -j RETURN" for chain in _ESCAPES),
             *(
                 f"-A {chain} {what} {match} -j REJECT --reject-with {answer}"
                 for chain in _ESCAPES
