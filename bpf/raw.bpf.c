@@ -89,7 +89,8 @@ int on_sock_create(struct bpf_sock *sk)
 /* Whether the frame is TCP or UDP over IP; if so, its addresses and ports. */
 static inline bool read_frame(struct sk_buff *skb, struct hopgate_connect_key *key)
 {
-	u64 at = (u64)KREAD(sk_buff, skb, head) + KREAD(sk_buff, skb, network_header);
+	u32 start = KREAD(sk_buff, skb, network_header), end = KREAD(sk_buff, skb, tail), skipped;
+	u64 at = (u64)KREAD(sk_buff, skb, head) + start;
 	u8 ip[40] = {};
 	u16 ports[2] = {};
 	u8 protocol;
@@ -102,19 +103,22 @@ static inline bool read_frame(struct sk_buff *skb, struct hopgate_connect_key *k
 		__builtin_memcpy(key->source, ip + 12, 4);
 		__builtin_memcpy(key->dest, ip + 16, 4);
 		protocol = ip[9];
-		at += (ip[0] & 15) * 4;
+		skipped = (ip[0] & 15) * 4;
 	} else if (ip[0] >> 4 == 6) {
 		key->family = FAMILY_6;
 		__builtin_memcpy(key->source, ip + 8, 16);
 		__builtin_memcpy(key->dest, ip + 24, 16);
 		protocol = ip[6];
-		at += 40;
+		skipped = 40;
 	} else {
 		return false;
 	}
 	if (protocol != IPPROTO_TCP && protocol != IPPROTO_UDP)
 		return false;
-	bpf_probe_read_kernel(ports, sizeof(ports), (void *)at);
+	/* behind a short frame lies what an earlier one left */
+	if (end < start + skipped + sizeof(ports))
+		return false;
+	bpf_probe_read_kernel(ports, sizeof(ports), (void *)(at + skipped));
 	key->source_port = bpf_ntohs(ports[0]);
 	key->dest_port = bpf_ntohs(ports[1]);
 	return true;

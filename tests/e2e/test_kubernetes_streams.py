@@ -321,6 +321,9 @@ def test_compressed_answers_pass_as_they_are(harbour: Harbour, large: str) -> No
 @pytest.mark.parametrize("hops", ["full", "masked"])
 def test_fifty_megabytes_go_through_in_bounded_memory(harbour: Harbour, large: str, hops: str) -> None:
     path = f"/api/v1/namespaces/{large}/configmaps"
+    # both as of the same version, which stands in the list
+    version = harbour.server.request("GET", f"{path}?limit=1").json()["metadata"]["resourceVersion"]
+    path += f"?resourceVersion={version}&resourceVersionMatch=Exact"
     workers = harbour.workers()
     harbour.kubectl(hops, "get", "configmaps", "-n", large, "-l", "five=True", "-o", "name")
     reset_peaks(workers)
