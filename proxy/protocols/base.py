@@ -280,6 +280,36 @@ class Machine(Protocol):
         """True while client bytes are kept back for an answer: the session stops reading the client when this lasts."""
 
 
+class Errand:
+    """What is the same in every machine that speaks to the SERVER alone and asks nothing (`canceller`, `Visit`)."""
+
+    def eof(self, side: Side) -> Commands:
+        return [Close(f"the {side.value} closed the connection")]
+
+    def answer(self, ask: Ask, reply: Reply) -> Commands:
+        raise ValueError("an errand asks nothing")
+
+    def notice(self, message: str, hint: str = "") -> Commands:
+        return []
+
+    def preview(self, ask: AskRuling) -> Commands:
+        raise ValueError("an errand asks nothing")
+
+    def farewell(self, message: str, hint: str = "") -> Commands:
+        return [Close(message)]
+
+    def canceller(self) -> Machine | None:
+        return None
+
+    @property
+    def incomplete(self) -> bool:
+        return False
+
+    @property
+    def unanswered(self) -> bool:
+        return False
+
+
 class MachineFactory(Protocol):
     """What a protocol folder registers."""
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 
 from proxy.model import Target, TlsMode
 from proxy.protocols.base import (
-    Ask,
-    AskRuling,
     Buffer,
     Close,
     Command,
     Connect,
+    Errand,
     Event,
-    Machine,
-    Reply,
     Side,
     StartTls,
     UpstreamFailed,
@@ -22,8 +19,8 @@ from proxy.protocols.base import (
 from proxy.protocols.kubernetes.machine import ALPN
 
 
-class Errand:
-    """Speaks to the SERVER alone."""
+class Visit(Errand):
+    """See the module."""
 
     def __init__(self, target: Target) -> None:
         self._secured = target.tls_mode is TlsMode.DISABLE
@@ -45,29 +42,3 @@ class Errand:
 
     def receive(self, side: Side, data: Buffer) -> list[Command]:
         return [Close("it speaks before it is spoken to, as no API server does")]
-
-    def eof(self, side: Side) -> list[Command]:
-        return [Close(f"the {side.value} closed the connection")]
-
-    def answer(self, ask: Ask, reply: Reply) -> list[Command]:
-        raise ValueError("an errand asks nothing")
-
-    def notice(self, message: str, hint: str = "") -> list[Command]:
-        return []
-
-    def preview(self, ask: AskRuling) -> list[Command]:
-        raise ValueError("an errand asks nothing")
-
-    def farewell(self, message: str, hint: str = "") -> list[Command]:
-        return [Close(message)]
-
-    def canceller(self) -> Machine | None:
-        return None
-
-    @property
-    def incomplete(self) -> bool:
-        return False
-
-    @property
-    def unanswered(self) -> bool:
-        return False

@@ -10,14 +10,11 @@ import struct
 
 from proxy.model import Target
 from proxy.protocols.base import (
-    Ask,
-    AskRuling,
     Buffer,
     Close,
     Command,
+    Errand,
     Event,
-    Machine,
-    Reply,
     Send,
     Side,
     UpstreamFailed,
@@ -27,18 +24,18 @@ from proxy.protocols.postgres.messages import CANCEL_REQUEST
 from proxy.protocols.postgres.upstream import Upstream, UpstreamRefused
 
 
-def cancelling(target: Target, key: bytes) -> Errand:
+def cancelling(target: Target, key: bytes) -> PostgresErrand:
     """Asks the server to cancel what the session with this key runs."""
     request = struct.pack(">II", 8 + len(key), CANCEL_REQUEST) + key
-    return Errand(target, [Send(Side.SERVER, request), Close("the cancel request was passed on")])
+    return PostgresErrand(target, [Send(Side.SERVER, request), Close("the cancel request was passed on")])
 
 
-def visiting(target: Target) -> Errand:
+def visiting(target: Target) -> PostgresErrand:
     """Goes as far as the first byte of a login, TLS as the target's mode says, and leaves (`base.Visit`)."""
-    return Errand(target, [Close("")])
+    return PostgresErrand(target, [Close("")])
 
 
-class Errand:
+class PostgresErrand(Errand):
     """Speaks to the SERVER alone. `last` is what is done once the server may be spoken to."""
 
     def __init__(self, target: Target, last: list[Command]) -> None:
@@ -65,29 +62,3 @@ class Errand:
 
     def _go_on(self, out: list[Command]) -> list[Command]:
         return out + self._last if self._upstream.ready else out
-
-    def eof(self, side: Side) -> list[Command]:
-        return [Close(f"the {side.value} closed the connection")]
-
-    def answer(self, ask: Ask, reply: Reply) -> list[Command]:
-        raise ValueError("an errand asks nothing")
-
-    def notice(self, message: str, hint: str = "") -> list[Command]:
-        return []
-
-    def preview(self, ask: AskRuling) -> list[Command]:
-        raise ValueError("an errand asks nothing")
-
-    def farewell(self, message: str, hint: str = "") -> list[Command]:
-        return [Close(message)]
-
-    def canceller(self) -> Machine | None:
-        return None
-
-    @property
-    def incomplete(self) -> bool:
-        return False
-
-    @property
-    def unanswered(self) -> bool:
-        return False
