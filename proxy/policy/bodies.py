@@ -2,6 +2,7 @@
 
     places     what an object, or a patch that looks like one, has at a path
     patched    what the operations of a JSON patch (RFC 6902) put there
+    compares   whether a patch says what is there by taking it away
 
 A patch shows parts. What it leaves alone is no place. Where it may make something anew (an element of a list, an entry
 of a map, a map that a directive empties), what is missing counts as absent, and so does all of a list that it empties.
@@ -27,6 +28,7 @@ class Unseen(enum.Enum):
 
 
 _HARMLESS_DIRECTIVE = "$setElementOrder/"
+_COMPARING_DIRECTIVE = "$deleteFromPrimitiveList/"
 
 
 def overlap(one: FieldPath, other: FieldPath) -> bool:
@@ -64,6 +66,24 @@ def places(value: object, steps: tuple[Step, ...], *, partial: bool, anew: bool 
             yield from places(inner, rest, partial=partial, anew=True)
     else:
         yield Unseen.UNTOLD
+
+
+def compares(patch: object, steps: tuple[Step, ...]) -> bool:
+    """Whether a strategic merge patch takes elements out of a list on the way by their value: what is left of the list
+    says which were there."""
+    if not steps:
+        return False
+    step, rest = steps[0], steps[1:]
+    if isinstance(patch, list):
+        return step is STAR and any(compares(inner, rest) for inner in patch)
+    if not isinstance(patch, dict):
+        return False
+    for key, inner in patch.items():
+        if key.startswith(_COMPARING_DIRECTIVE) and step in (STAR, key.removeprefix(_COMPARING_DIRECTIVE)):
+            return True
+        if step in (STAR, key) and compares(inner, rest):
+            return True
+    return False
 
 
 def patched(operations: object, path: FieldPath) -> Iterator[object]:

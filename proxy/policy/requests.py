@@ -15,9 +15,9 @@ of the connections, a rule without of the opening: so each is held once. A port 
 in `ports`.
 
 **Masks.** What the server answers is masked elsewhere. Denied is what would tell a masked value in another way: a
-selector, a JSON patch that tests, copies or moves it, a write that only tries whether it is the same (a dry run, a
-server-side apply that conflicts), and a write of the mask itself, which would overwrite the value. Objects that are
-hidden cannot be named.
+selector, a JSON patch that tests, copies or moves it, a strategic one that takes it out of a list by its value, a
+write that only tries whether it is the same (a dry run, a server-side apply that conflicts), and a write of the mask
+itself, which would overwrite the value. Objects that are hidden cannot be named.
 
 Blind spots: what a process in the cluster does with what it may mount; a write without a dry run still tells, by the
 object's version, whether the value was the same; what admission makes of a body.
@@ -35,7 +35,7 @@ from dataclasses import dataclass, replace
 from proxy.model import Decision, Operation, OperationKind, RequestFacts
 from proxy.model.fields import BadFieldPath, FieldPath
 from proxy.policy import housekeeping
-from proxy.policy.bodies import Unseen, overlap, patched, places, pointer_of, scalars
+from proxy.policy.bodies import Unseen, compares, overlap, patched, places, pointer_of, scalars
 from proxy.policy.conditions import Condition, all_could, all_surely
 from proxy.policy.document import ObjectMask
 from proxy.policy.resources import CLUSTER_SCOPED, CONNECTING, IMPERSONATE, Glob, ResourcePattern
@@ -324,6 +324,12 @@ _ALWAYS_TOLD = (("metadata", "name"), ("metadata", "namespace"))
 _LABELS = FieldPath.parse("metadata.labels")
 _LAST_APPLIED = FieldPath.parse('metadata.annotations["kubectl.kubernetes.io/last-applied-configuration"]')
 """A copy of the object, which is shown masked as the object is."""
+_ALIASES = {
+    "spec.host": FieldPath.parse("spec.nodeName"),
+    "status.successful": FieldPath.parse("status.succeeded"),
+    "source": FieldPath.parse("reportingComponent"),
+}
+"""Fields of Pods, Jobs and Events that selectors name in another way than the object does, too."""
 _SELECTOR_TERM = re.compile(r"(?:[^\\,]|\\.)+", re.DOTALL)
 _SELECTOR_FIELD = re.compile(r"([^=!\\]+)(?:==|!=|=)")
 _HASHED = re.compile(rb"[0-9a-f]{16}")
@@ -345,6 +351,8 @@ def _tells(path: FieldPath, method: str, facts: RequestFacts) -> tuple[str, str]
         for operation in facts.body if isinstance(facts.body, list) else ():
             if _reads(operation, path) or _reads(operation, _LAST_APPLIED):
                 return f"a JSON patch with `{operation.get('op')}`", "use add, replace or remove"
+    if facts.patch == "strategic" and compares(facts.body, path.steps):
+        return "a patch with `$deleteFromPrimitiveList`", "write the whole list"
     written = [place for place in _written(facts, path) if place is not Unseen.ABSENT]
     if any(_is_mark(method, value) for place in written for value in scalars(place)):
         return "writing the mask in place of the value", "leave the field out, or write the value that it is to have"
@@ -362,10 +370,13 @@ def _selected(selector: str) -> Iterator[FieldPath | None]:
     """The fields that a field selector names; None for what cannot be read."""
     for term in _SELECTOR_TERM.findall(selector):
         match = _SELECTOR_FIELD.match(term)
+        name = match[1].strip() if match else ""
         try:
-            yield FieldPath.parse(match[1].strip()) if match else None
+            yield FieldPath.parse(name) if name else None
         except BadFieldPath:
             yield None
+        if name in _ALIASES:
+            yield _ALIASES[name]
 
 
 def _reads(operation: object, path: FieldPath) -> bool:

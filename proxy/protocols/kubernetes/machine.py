@@ -73,6 +73,7 @@ from proxy.protocols.kubernetes.requests import (
     classify,
     describe,
 )
+from proxy.protocols.kubernetes.scrub import scrubbed_message
 
 _CLIENT: Final = Side.CLIENT
 _SERVER: Final = Side.SERVER
@@ -755,7 +756,7 @@ class KubernetesMachine:
             out.append(Send(_CLIENT, http.LAST_CHUNK))
         error = ""
         if answer.status >= 400:
-            told = answers.told(bytes(exchange.heard)) if exchange.heard else ""
+            told = scrubbed_message(exchange.facts.resource, answers.told(bytes(exchange.heard or b"")))
             error = f"{answer.line}: {told}" if told else answer.line
         out.append(Completed(exchange.id, answer.line, rows, error, masked))
         self._served = True

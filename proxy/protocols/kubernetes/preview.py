@@ -26,7 +26,7 @@ import msgspec
 from proxy.model import Operation, RequestFacts
 from proxy.protocols.kubernetes import answers
 from proxy.protocols.kubernetes.requests import Described, Request
-from proxy.protocols.kubernetes.scrub import scrubbed, scrubbed_words
+from proxy.protocols.kubernetes.scrub import scrubbed, scrubbed_message
 
 MAX_TEXT: Final = 4000
 """Characters of all that is shown."""
@@ -167,7 +167,7 @@ def _object(body: bytes) -> object:
 def _refusal(status: int, body: bytes, facts: RequestFacts, masked: bool) -> str:
     """The server's reason; without its words where these may quote a value that is not to be seen."""
     line = f"{status} {answers.phrase(status)}"
-    message = "" if masked or facts.resource == "secrets" else scrubbed_words([answers.told(body)])
+    message = "" if masked else scrubbed_message(facts.resource, answers.told(body))
     return f"{line}: {message}" if message else line
 
 

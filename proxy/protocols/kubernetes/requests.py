@@ -68,10 +68,13 @@ KNOWN: Final = 256
 """Heads that are kept with what they ask for, the latest: whoever polls asks the same again."""
 _SAFE_IN_SEGMENT = "!$&'()*+,;=:@~-._"
 _SAFE_IN_QUERY = "!$'()*,/:@~-._"
+_LINES: Final = {ord("\t"): "\\t", ord("\n"): "\\n", ord("\r"): "\\r"}
+"""Control characters that a script has which is a word of a command, and how they are told."""
 _PERCENT = re.compile(r"%(?![0-9A-Fa-f]{2})")
 _FOLDED = re.compile(rb"\x7f|\xc2[\x80-\x9f]|\xe2\x80[\xa8\xa9]|\xef\xbb\xbf|\xef\xbf[\xbe\xbf]")
 """In UTF-8, what YAML takes for the end of a line inside a string, which becomes a space, or takes no text with."""
-_EXACT_NAME = re.compile(r"metadata\.name==?([^=!,\\]+)")
+_EXACT_NAME = re.compile(r"metadata\.name==?(?!\.{1,2}$)([^=!,\\/%]+)")
+"""A selector of one object by what can be a name."""
 
 
 class Head(msgspec.Struct, frozen=True):
@@ -170,8 +173,8 @@ def _segments(path: str) -> list[str]:
     return segments
 
 
-def _decoded(text: str) -> str:
-    """Percent-decoded; no control characters, and UTF-8 only."""
+def _decoded(text: str, *, lines: bool = False) -> str:
+    """Percent-decoded; UTF-8 only, and no control characters, but for those that a text of several `lines` has."""
     if _PERCENT.search(text):
         raise _Unclear("a `%` is not followed by two hex digits")
     try:
@@ -181,7 +184,7 @@ def _decoded(text: str) -> str:
         decoded = raw.decode("utf-8")
     except UnicodeError:
         raise _Unclear("the request target is no UTF-8") from None
-    if any(letter < " " or letter == "\x7f" for letter in decoded):
+    if any((letter < " " and not (lines and ord(letter) in _LINES)) or letter == "\x7f" for letter in decoded):
         raise _Unclear("the request target has a control character")
     return decoded
 
@@ -193,7 +196,8 @@ def _parameters(query: str) -> list[tuple[str, str]]:
     for part in query.split("&"):
         if part:
             name, _, value = part.partition("=")
-            parameters.append((_decoded(name.replace("+", " ")), _decoded(value.replace("+", "%20"))))
+            key = _decoded(name.replace("+", " "))
+            parameters.append((key, _decoded(value.replace("+", "%20"), lines=key == "command")))
     if len(parameters) > MAX_PARAMETERS:
         raise _Unclear(f"the query has more than `{MAX_PARAMETERS}` parameters")
     names = [name for name, _ in parameters]
@@ -244,7 +248,6 @@ def _facts(method: str, segments: Sequence[str], path: str, parameters: Sequence
     if not name and verb == "get":
         # an empty value counts as true, as in the server
         verb = "list" if values.get("watch", "0").lower() in ("0", "false") else "watch"
-    if not name and verb in ("list", "watch"):
         exact = _EXACT_NAME.fullmatch(field_selector)
         name = exact[1] if exact else ""
     elif not name and verb == "delete":
@@ -438,7 +441,7 @@ def _operation(facts: RequestFacts, request: Request, unclassified: str) -> Oper
         text += f" as {acting}"
     recorded = text
     if facts.command:
-        recorded = recorded.replace(" ".join(facts.command), scrubbed_words(facts.command))
+        recorded = recorded.replace(_in_a_line(facts.command), _in_a_line([scrubbed_words(facts.command)]))
     if facts.body is not None:
         shown = msgspec.json.encode(scrubbed(facts.resource, facts.body)).decode()
         recorded += f" {shown[:MAX_RECORDED_BODY]}" + (" …" if len(shown) > MAX_RECORDED_BODY else "")
@@ -453,6 +456,11 @@ def _operation(facts: RequestFacts, request: Request, unclassified: str) -> Oper
         once=True,
         requests=(facts, *request.impersonated),
     )
+
+
+def _in_a_line(command: Sequence[str]) -> str:
+    """A command as one line, whatever a word of it holds: more of them could say something else to who reads it."""
+    return " ".join(command).translate(_LINES)
 
 
 def told_inside(facts: RequestFacts) -> str:
@@ -479,7 +487,7 @@ def tell(facts: RequestFacts) -> str:
     if facts.ports:
         text += f" to {', '.join(map(str, facts.ports))}"
     if facts.command:
-        text += f": {' '.join(facts.command)}"
+        text += f": {_in_a_line(facts.command)}"
         copies = told(facts.command)
-        text += f" ({copies})" if copies else ""
+        text += f" ({copies.translate(_LINES)})" if copies else ""
     return text + (" (dry run)" if facts.dry_run else "")

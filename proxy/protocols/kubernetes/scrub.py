@@ -21,6 +21,17 @@ _TELLING_WORD = re.compile(
     r"(?i)((?:pass(?:word|wd)?|secret|token|credential|api[-_]?key)[^=:\s]{0,64}+[=:])\S+"
     r"|(://[^/\s:@]{0,64}+:)[^@\s]{1,2048}+(?=@)"
 )
+_QUOTED = re.compile(
+    r"((?:Invalid|Duplicate|Unsupported) value: )"
+    r'("(?:[^"\\]|\\.)*+(?:"|$)|[\w.+-]{0,64}+(?=: |, |\]|$)|.*)|( error found in #).*',
+    re.DOTALL,
+)
+"""What an API server quotes in a refusal: a field's value, or the whole object where a patch does not fit it; older
+ones, a piece of the body that is no JSON."""
+_NAMES_ONLY = re.compile(
+    r'secrets "[^"\n]*" (?:not found|already exists|is forbidden: .*)'
+    r'|Operation cannot be fulfilled on secrets "[^"\n]*": .*'
+)
 _WHOLE = {"secrets": ("data", "stringData"), "configmaps": ("binaryData",)}
 _APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 
@@ -33,6 +44,14 @@ def scrubbed(resource: str, body: object) -> object:
 def scrubbed_words(words: Sequence[str]) -> str:
     """A command in one line, with what looks like a secret taken out."""
     return _TELLING_WORD.sub(lambda match: f"{match[1] or match[2]}{SCRUBBED}", " ".join(words))
+
+
+def scrubbed_message(resource: str, message: str) -> str:
+    """What a server said of a request on this resource, without the values that it quotes. Of a Secret's only what
+    is known to quote none."""
+    if resource == "secrets" and not _NAMES_ONLY.fullmatch(message):
+        return ""
+    return scrubbed_words([_QUOTED.sub(lambda match: f"{match[1] or match[3]}{SCRUBBED}", message)])
 
 
 def _scrub(value: object, whole: tuple[str, ...], depth: int) -> object:
@@ -58,6 +77,8 @@ def _scrub(value: object, whole: tuple[str, ...], depth: int) -> object:
 def _scrub_operation(value: object, whole: tuple[str, ...], depth: int) -> object:
     """An element of a list; of a JSON patch the value goes by the path that it is put at."""
     if isinstance(value, dict) and isinstance(value.get("path"), str) and "op" in value and "value" in value:
+        if value["path"] in ("", "/"):
+            return {**value, "value": _scrub(value["value"], whole, depth)}
         steps = value["path"].split("/")
         if any(step in whole or _TELLING.search(step) for step in steps) or "env" in steps or "annotations" in steps:
             return {**value, "value": _emptied(value["value"])}

@@ -51,6 +51,7 @@ _READABLE = {
 
 _UPGRADE = "upgrade"
 _NEGOTIATION = {SPDY: "x-stream-protocol-version", WEBSOCKET: "sec-websocket-protocol"}
+_BEARER = "base64url.bearer.authorization."
 _WEBSOCKET_EXTENSIONS = "sec-websocket-extensions"
 
 MAX_CHANNEL_PORTS = 39
@@ -93,7 +94,9 @@ def offered(request: Head) -> Head:
     offers = _words(request.values(name))
     kept = [offer for offer in offers if offer in _READABLE[upgrade]]
     if offers and not kept:
-        asked, readable = ", ".join(offers)[:128], ", ".join(_READABLE[upgrade])
+        # a browser shows its token as one of the offers
+        named = [offer for offer in offers if not offer.startswith(_BEARER)]
+        asked, readable = ", ".join(named)[:128], ", ".join(_READABLE[upgrade])
         raise Unspoken(f"`{asked}` cannot be read by the gateway, which reads `{readable}`")
     headers = [pair for pair in request.headers if pair[0] not in (name, _WEBSOCKET_EXTENSIONS)]
     if upgrade == SPDY:

@@ -716,6 +716,7 @@ def test_reading_and_writing_what_is_masked_goes_on(judge: Bench) -> None:
         ("patch secrets/a in shop (dry run)", "merge", {"data": {"a": "bmV3"}}, "trying a value in a dry run"),
         ("update secrets/a in shop (dry run)", "", {"data": {"a": "bmV3"}}, "trying a value in a dry run"),
         ("patch secrets/a in shop", "apply", {"data": {"a": "bmV3"}}, "trying a value with a server-side apply"),
+        ("patch secrets/a in shop", "strategic", {"$deleteFromPrimitiveList/data": ["x"]}, "deleteFromPrimitiveList"),
     ],
 )
 def test_what_would_tell_or_overwrite_a_masked_value_is_denied(
@@ -726,6 +727,41 @@ def test_what_would_tell_or_overwrite_a_masked_value_is_denied(
     assert "agent `A` sees secrets " in ruling.message and why in ruling.message and "(rule `m`)" in ruling.message
     assert ruling.hint
     assert decided(judge(EVERYTHING), text, body, patch) == ALLOW
+
+
+@pytest.mark.parametrize(
+    ("container", "decision"),
+    [
+        ({"name": "c", "$deleteFromPrimitiveList/args": ["--password=guess"]}, DENY),
+        ({"name": "c", "$deleteFromPrimitiveList/command": ["x"]}, ALLOW),
+        ({"name": "c", "$setElementOrder/args": ["--password=guess"]}, ALLOW),
+        ({"name": "c", "args": ["x"]}, ALLOW),
+    ],
+)
+def test_a_list_does_not_tell_by_what_is_taken_out_of_it(
+    judge: Bench, container: dict[str, object], decision: Decision
+) -> None:
+    bound = judge(EVERYTHING, masked("m", mask("deployments.apps", "spec.template.spec.containers[*].args[*]")))
+    body = {"spec": {"template": {"spec": {"containers": [container]}}}}
+    assert decided(bound, "patch deployments.apps/web in shop", body, "strategic") == decision
+    assert decided(bound, "patch deployments.apps/web in shop", body, "merge") == ALLOW
+
+
+@pytest.mark.parametrize(
+    ("resource", "field", "selector"),
+    [
+        ("pods", "spec.nodeName", "spec.host=n1"),
+        ("jobs.batch", "status.succeeded", "status.successful!=0"),
+        ("events", "reportingComponent", "type=Normal,source=x"),
+        ("events", "source.component", "source=x"),
+    ],
+)
+def test_another_name_of_a_field_in_a_selector_is_no_way_around(
+    judge: Bench, resource: str, field: str, selector: str
+) -> None:
+    bound = judge(EVERYTHING, masked("m", mask(resource, field)))
+    assert decided(bound, f"list {resource} in shop with {selector}") == DENY
+    assert decided(bound, f"list {resource} in shop with metadata.name=a") == ALLOW
 
 
 def test_masks_concern_only_their_objects(judge: Bench) -> None:

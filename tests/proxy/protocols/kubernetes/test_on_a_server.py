@@ -199,6 +199,18 @@ def test_secrets_are_masked_for_kubectl(server: KubernetesServer, tmp_path: Path
     assert any("secrets data.*" in done.masked for done in pump.done)
 
 
+def test_what_the_server_quotes_of_an_object_is_not_recorded(kubectl: Kubectl, pump: Pump) -> None:
+    """A patch that does not fit makes the server quote the whole object."""
+    pump.server.kubectl("create", "secret", "generic", "quoted", "--from-literal=p=marker-4711")
+    pump.server.kubectl("create", "configmap", "quoted", "--from-literal=p=marker-4711")
+    for kind, marker in (("secret", "bWFya2VyLTQ3MTE"), ("configmap", "marker-4711")):
+        done = kubectl("patch", kind, "quoted", "--type=merge", "-p", '{"metadata":{"labels":5}}')
+        assert done.returncode == 1 and marker in done.stderr
+    errors = [done.error for done in pump.done if done.error]
+    assert len(errors) == 2 and all(error.startswith("422") and "4711" not in error for error in errors)
+    assert not any("bWFya2VyLTQ3MTE" in error for error in errors)
+
+
 def test_a_watch_tells_what_happens_as_it_happens(pump: Pump) -> None:
     path = "/api/v1/namespaces/default/configmaps"
     events: list[dict[str, object]] = []
@@ -274,6 +286,8 @@ def test_exec_logs_and_their_denial_go_through(kubectl: Kubectl, pump: Pump, nod
     done = kubectl("exec", "-i", "shell", "--", "sh", "-c", "cat; exit 3", stdin="typed")
     assert (done.returncode, done.stdout) == (3, "typed"), done
     assert "started" in kubectl("logs", "shell").stdout
+    done = kubectl("exec", "shell", "--", "sh", "-c", "echo one\n\techo two\n")
+    assert done.stdout == "one\ntwo\n"
     done = kubectl("exec", "shell", "--", "forbidden")
     assert done.returncode == 1 and "rule `no`" in done.stderr, done
 

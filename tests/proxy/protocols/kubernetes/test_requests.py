@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from proxy.protocols.kubernetes.requests import Body, Head, Request, classify, describe
+from proxy.protocols.kubernetes.scrub import scrubbed_message
 
 JSON = (("content-type", "application/json"),)
 
@@ -289,6 +290,49 @@ def test_what_is_recorded_holds_no_secret() -> None:
     operation = describe(request, head, b"").operation
     assert "MARK" not in operation.recorded_text
     assert request.facts.command == ("psql", "postgres://u:MARK@h/d", "--password=MARK")
+
+
+def test_a_patch_of_a_whole_secret_is_recorded_without_its_values() -> None:
+    head = Head("PATCH", "/api/v1/namespaces/shop/secrets/db", (("content-type", "application/json-patch+json"),))
+    for path in ("", "/", "/data", "/stringData/user"):
+        patch = [{"op": "replace", "path": path, "value": {"kind": "Secret", "data": {"user": "MARK"}}}]
+        operation = describe(classify(head), head, msgspec.json.encode(patch)).operation
+        assert "MARK" not in operation.recorded_text and "replace" in operation.recorded_text
+
+
+@pytest.mark.parametrize(
+    ("resource", "message", "kept"),
+    [
+        ("secrets", 'secrets "db" not found', 'secrets "db" not found'),
+        ("secrets", '"" is invalid: patch: Invalid value: "{\\"data\\":{\\"a\\":\\"MARK\\"}}": no', ""),
+        ("secrets", "illegal base64 in MARK", ""),
+        ("pods", 'patch: Invalid value: "{\\"env\\":\\"MARK\\"}": no', "patch: Invalid value: ***: no"),
+        ("pods", 'patch: Invalid value: "{\\"env\\":\\"MA', "patch: Invalid value: ***"),
+        ("pods", "patch: Invalid value: map[env: MARK]: no", "patch: Invalid value: ***"),
+        ("pods", 'a: Invalid value: {"x":"MARK"}: no', "a: Invalid value: ***"),
+        ("pods", "[a: Invalid value: 5: no, b: Required value]", "[a: Invalid value: ***: no, b: Required value]"),
+        ("pods", 'a: Unsupported value: "MARK": supported: "b"', 'a: Unsupported value: ***: supported: "b"'),
+        (
+            "pods",
+            "expect {, but found 5, error found in #10 byte of ...|MARK",
+            "expect {, but found 5, error found in #***",
+        ),
+        ("pods", "the url is https://user:MARK@host", "the url is https://user:***@host"),
+    ],
+)
+def test_what_a_server_quotes_is_not_recorded(resource: str, message: str, kept: str) -> None:
+    assert scrubbed_message(resource, message) == kept
+
+
+def test_a_command_of_several_lines_is_told_in_one() -> None:
+    request = asked("POST", "/api/v1/namespaces/s/pods/p/exec?command=sh&command=-c&command=a%0A%09b%0D%0Ac")
+    assert request.facts.command == ("sh", "-c", "a\n\tb\r\nc")
+    operation = describe(request, Head("POST", request.target, ()), b"").operation
+    assert operation.text == "create pods/p exec in s: sh -c a\\n\\tb\\r\\nc" == operation.recorded_text
+    assert "%0A" in request.target
+    for other in ("%00", "%1B", "%7F"):
+        assert asked("POST", f"/api/v1/namespaces/s/pods/p/exec?command=a{other}").unclassified
+    assert asked("POST", "/api/v1/namespaces/s/pods/p/exec?container=a%0A").unclassified
 
 
 def test_what_is_done_with_bodies() -> None:
