@@ -26,6 +26,8 @@ MAX_CACHED: Final = 1024
 """Kinds, and sets of masks, of which the compiled form is kept."""
 
 HIDE: Final = "hide"
+REDACT: Final = "redact"
+"""The method of which nothing depends on the value."""
 LAST_APPLIED: Final = "kubectl.kubernetes.io/last-applied-configuration"
 
 _BYTES: Final = {
@@ -46,7 +48,7 @@ _BYTES: Final = {
 class Rule:
     """One mask with its patterns compiled."""
 
-    __slots__ = ("hides", "mask", "names", "namespaces", "path", "resource", "title")
+    __slots__ = ("constant", "hides", "mask", "names", "namespaces", "path", "resource", "title")
 
     def __init__(self, mask: FieldMask) -> None:
         self.resource = mask.resource
@@ -55,6 +57,7 @@ class Rule:
         self.hides = mask.label == HIDE
         self.path = None if self.hides else FieldPath.parse(mask.path)
         self.mask: Masker = mask.mask
+        self.constant = mask.label == REDACT
         self.title = f"{mask.resource} {mask.path or HIDE}"
 
     @property
@@ -77,14 +80,21 @@ def _globs(globs: Sequence[str]) -> re.Pattern[str] | None:
 class Leaf:
     """What is done with the values at the end of a path. `encoded`: they are base64."""
 
-    __slots__ = ("encoded", "mask", "title")
+    __slots__ = ("_constant", "encoded", "mask", "title")
 
     def __init__(self, rule: Rule, encoded: bool) -> None:
         self.mask = rule.mask
         self.title = rule.title
         self.encoded = encoded
+        self._constant = self._masked("") if rule.constant else None
 
-    def masked(self, text: str) -> str:
+    def masked(self, texts: Sequence[str | None]) -> list[str | None]:
+        """Each of these values masked; None is null, and stays."""
+        if self._constant is not None:
+            return [None if text is None else self._constant for text in texts]
+        return [None if text is None else self._masked(text) for text in texts]
+
+    def _masked(self, text: str) -> str:
         if self.encoded:
             try:
                 value = base64.b64decode(text, validate=True)
@@ -98,9 +108,10 @@ _Rest = tuple[tuple[Step, ...], Leaf]
 
 
 class Node:
-    """All paths that lead through one place of an object: which members are on the way, and what is done here."""
+    """All paths that lead through one place of an object: which members are on the way, and what is done here. `flat`:
+    all of them end below."""
 
-    __slots__ = ("leaves", "members", "other")
+    __slots__ = ("flat", "leaves", "members", "other")
 
     def __init__(self, rests: Sequence[_Rest]) -> None:
         self.leaves = tuple(leaf for steps, leaf in rests if not steps)
@@ -111,6 +122,8 @@ class Node:
             key: Node([(steps[1:], leaf) for steps, leaf in ahead if steps[0] in (key, STAR)])
             for key in {steps[0] for steps, _ in ahead if isinstance(steps[0], str)}
         }
+        below = [*self.members.values(), *([self.other] if self.other is not None else [])]
+        self.flat = bool(below) and all(node.leaves for node in below)
 
 
 class Tree:

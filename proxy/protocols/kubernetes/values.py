@@ -77,13 +77,17 @@ class Values:
         self._start = self._at = end
         return value
 
-    def up_to(self, mark: bytes) -> bytes | None:
-        """The bytes before the next `mark`, left unread; None where there is none, or where a value is half searched.
-        They are a whole value if they are JSON: no object begins with another."""
+    @property
+    def unread(self) -> int:
+        return len(self._buffer) - self._start
+
+    def up_to_last(self, mark: bytes, limit: int) -> bytes | None:
+        """The bytes before the last `mark` among so many, left unread; None where there is none, or where a value is
+        half searched."""
         if self._at != self._start:
             return None
-        end = self._buffer.find(mark, self._start)
-        return bytes(memoryview(self._buffer)[self._start : end]) if end >= 0 else None
+        end = self._buffer.rfind(mark, self._start, self._start + limit)
+        return bytes(memoryview(self._buffer)[self._start : end]) if end > self._start else None
 
     def _end_of_nested(self) -> int:
         buffer, size, depth = self._buffer, len(self._buffer), self._depth

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import enum
 import re
-from collections.abc import Callable
-from typing import Final, cast
+from collections.abc import Callable, Iterable, Sequence
+from typing import Final, Literal, cast
 
 import msgspec
 
 from proxy.model import RequestFacts
+from proxy.model.fields import STAR
 from proxy.protocols.kubernetes.fields import LAST_APPLIED, Leaf, MaskSet, Node, Tree
 
 REDACTED: Final = "***"
@@ -39,6 +40,9 @@ _OBJECT = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _LIST = msgspec.json.Decoder(list[msgspec.Raw])
 _OBJECTS = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
 _TEXT = msgspec.json.Decoder(str)
+_TEXTS = msgspec.json.Decoder(list[str | None])
+_TEXT_MAPS = msgspec.json.Decoder(list[dict[str, str | None]])
+_OBJECT_LISTS = msgspec.json.Decoder(list[list[dict[str, msgspec.Raw]]])
 encode = msgspec.json.Encoder().encode
 
 _BRACE, _BRACKET, _QUOTE, _NULL = b'{["n'
@@ -49,6 +53,10 @@ Members = dict[str, object]
 
 class Unmaskable(Exception):
     """The answer cannot be shown masked; the message says why, for the client, in place of the answer."""
+
+
+class Indivisible(Exception):
+    """The answer can only be masked when it is all there."""
 
 
 class Gone(enum.Enum):
@@ -87,7 +95,10 @@ class View:
         self._asked = asked
         self._status = status
         self._tables = tables
-        self._hides = any(rule.hides for rule in masks.rules(asked))
+        rules = masks.rules(asked)
+        self._hides = any(rule.hides for rule in rules)
+        self._inside = any(rule.path is not None and rule.path.steps[0] in ("items", STAR) for rule in rules)
+        """Whether masks reach into members of that name, of what is no list."""
         self.objects = 0
         self.masked: set[str] = set()
 
@@ -124,21 +135,9 @@ class View:
         if _is_list(kind, members):
             items = members["items"]
             if _starts(items, _BRACKET):
-                default = (api_version, kind.removesuffix("List"))
-                members["items"] = [
-                    shown for item in _objects(items) if (shown := self._object(item, item, default, "")) is not GONE
-                ]
+                members["items"] = self._objects(_objects(items), (api_version, kind.removesuffix("List")))
             return members
-        return self._object(members, raw, ("", ""), self._facts.name)
-
-    def item(self, raw: msgspec.Raw, default: tuple[str, str]) -> object:
-        """One of a list. `default` is the version and kind of an item that does not say them."""
-        members = self._members(raw)
-        return self._object(members, members, default, "")
-
-    def row(self, raw: msgspec.Raw) -> object:
-        """One of a table."""
-        return self._row(self._members(raw))
+        return self._object(members, raw, self._facts.name)
 
     def _row(self, members: Members) -> object:
         if not self._tables:
@@ -151,7 +150,7 @@ class View:
                 )
             self.objects += 1
             return members
-        shown = self._object(self._members(inner), inner, ("", ""), "")
+        shown = self._object(self._members(inner), inner, "")
         if shown is GONE:
             return GONE
         members["object"] = shown
@@ -169,19 +168,36 @@ class View:
             return GONE
         return members
 
-    def listed(self, key: str, members: Members) -> Callable[[msgspec.Raw], object]:
-        """What to do with each element of the array `key` of an answer that comes in parts; `members` came before it.
-        Raises `Unmaskable` where they say that it is something else than a list or a table.
+    # answers in parts
 
-        A list of custom resources says its kind behind its items, which say their own: see `ended`."""
-        kind, api_version = _text(members.get("kind")), _text(members.get("apiVersion"))
-        if self._status < 400:
-            if key == "rows" and kind == "Table" and api_version.startswith("meta.k8s.io/"):
-                return self.row
-            if key == "items" and _is_list(kind, {**members, key: None}):
-                default = (api_version, kind.removesuffix("List"))
-                return lambda raw: self.item(raw, default)
-        raise Unmaskable(f"an answer of many bytes does not say that it is a list, before its {key}")
+    def divisible(self) -> bool:
+        """Whether the answer may be a list, as far as the request and the status tell."""
+        return self._facts.verb in ("list", "deletecollection") and self._status < 400 and not self._inside
+
+    def parts(self, key: str, head: Members) -> Callable[[list[Members]], list[object]]:
+        """What to do with some elements of the array `key` of an answer that comes in parts; `head` came before it.
+
+        Built-in lists and tables say first what they are. A list of custom resources says its kind behind its items,
+        which say their own: then each of them has to. Raises `Indivisible` where neither is so."""
+        kind, api_version = _text(head.get("kind")), _text(head.get("apiVersion"))
+        if key == "rows" and kind == "Table" and api_version.startswith("meta.k8s.io/"):
+            return lambda rows: [shown for row in rows if (shown := self._row(row)) is not GONE]
+        if key == "items" and _is_list(kind, {**head, key: None}):
+            if kind and api_version:
+                return lambda items: self._objects(items, (api_version, kind.removesuffix("List")))
+            if "kind" not in head:
+                return self._telling_items
+        raise Indivisible
+
+    def _telling_items(self, items: list[Members]) -> list[object]:
+        if not all(_text(item.get("kind")) and _text(item.get("apiVersion")) for item in items):
+            raise Indivisible
+        return self._objects(items, ("", ""))
+
+    def forget(self) -> None:
+        """What was seen in parts is seen once more."""
+        self.objects = 0
+        self.masked.clear()
 
     def ended(self, members: Members) -> None:
         """What came behind the elements does not say that it was no list. Raises `Unmaskable`."""
@@ -190,36 +206,63 @@ class View:
 
     # objects
 
-    def _object(self, members: Members, raw: object, default: tuple[str, str], name: str) -> object:
+    def _object(self, members: Members, raw: object, name: str) -> object:
         """The object masked, the bytes that it came in where no mask holds for it, or GONE."""
+        tree = self._tree(members, ("", ""), name)
+        if tree is GONE:
+            return GONE
+        self.objects += 1
+        if tree is None:
+            return raw
+        self._mask([members], tree)
+        return members
+
+    def _objects(self, items: list[Members], default: tuple[str, str]) -> list[object]:
+        """Those of a list. `default` is the version and kind of an object that does not say them."""
+        shown: list[object] = []
+        masked: dict[Tree, list[Members]] = {}
+        for item in items:
+            tree = self._tree(item, default, "")
+            if tree is GONE:
+                continue
+            shown.append(item)
+            if tree is not None:
+                masked.setdefault(tree, []).append(item)
+        self.objects += len(shown)
+        for tree, objects in masked.items():
+            self._mask(objects, tree)
+        return shown
+
+    def _tree(self, members: Members, default: tuple[str, str], name: str) -> Tree | Literal[Gone.GONE] | None:
+        """The masks that hold for an object; None where there are none, and GONE where it is hidden."""
         api_version = _text(members["apiVersion"]) if "apiVersion" in members else default[0]
         kind = _text(members["kind"]) if "kind" in members else default[1]
         verdict = self._masks.verdict(self._asked, api_version or default[0], kind or default[1])
-        if not verdict.rules:
-            self.objects += 1
-            return raw
+        if verdict.tree is not None or not verdict.rules:
+            return verdict.tree
         metadata = members.get("metadata")
-        tree = verdict.tree
-        if tree is None:
-            known = self._members(metadata) if _is_object(metadata) else {}
-            name = _text(known.get("name")) or name
-            namespace = _text(known.get("namespace")) or self._facts.namespace
-            if kind == "Namespace" or "namespaces" in self._asked:
-                namespace = name
-            rules = [rule for rule in verdict.rules if rule.meets(namespace, name)]
-            if any(rule.hides for rule in rules):
-                return GONE
-            if not rules:
-                self.objects += 1
-                return raw
-            tree = self._masks.tree(rules, verdict.resources)
-        self.objects += 1
-        settled = self._settle(members, bytes(_raw(metadata)), tree) if _is_object(metadata) else {}
-        self._walk(members, tree.root)
-        for key, value in settled.items():
-            if isinstance(value, _Settled):
-                settled[key] = value.text
-        return members
+        known = self._members(metadata) if _is_object(metadata) else {}
+        name = _text(known.get("name")) or name
+        namespace = _text(known.get("namespace")) or self._facts.namespace
+        if kind == "Namespace" or "namespaces" in self._asked:
+            namespace = name
+        rules = [rule for rule in verdict.rules if rule.meets(namespace, name)]
+        if any(rule.hides for rule in rules):
+            return GONE
+        return self._masks.tree(rules, verdict.resources) if rules else None
+
+    def _mask(self, objects: list[Members], tree: Tree) -> None:
+        settled = [
+            annotations
+            for members in objects
+            if _is_object(metadata := members.get("metadata"))
+            and (annotations := self._settle(members, bytes(_raw(metadata)), tree))
+        ]
+        self._walk(objects, tree.root)
+        for annotations in settled:
+            for key, value in annotations.items():
+                if isinstance(value, _Settled):
+                    annotations[key] = value.text
 
     def _settle(self, members: Members, raw: bytes, tree: Tree) -> Members:
         """Deals with what `metadata` holds besides plain values: copies of the object, names of its fields. Returns the
@@ -248,66 +291,86 @@ class View:
                 if _is_object(annotations := inner.get("annotations")):
                     inner["annotations"] = deeper = self._members(annotations)
                     deeper.pop(LAST_APPLIED, None)
-            self._walk(members, tree.root)
+            self._walk([members], tree.root)
             return encode(members).decode() + "\n"
         except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError, Unmaskable):
             return REDACTED
 
-    def _walk(self, members: Members, node: Node) -> None:
-        """Masks what the node says inside of an object."""
-        keys = node.members if node.other is None else list(members)
-        for key in keys:
-            if key not in members:
-                continue
-            below = node.members.get(key) or node.other
-            assert below is not None
-            shown = self._below(members[key], below)
-            if shown is GONE:
-                del members[key]
-            else:
-                members[key] = shown
+    def _walk(self, objects: Sequence[Members], node: Node) -> None:
+        """Masks what the node says inside of objects. What is in the same place of many is decoded together: that takes
+        as long as to decode one."""
+        if node.other is None:
+            for key, below in node.members.items():
+                holding = [each for each in objects if key in each]
+                _put(holding, key, self._below([each[key] for each in holding], below))
+            return
+        for each in objects:
+            for key in list(each):
+                _put([each], key, self._below([each[key]], node.members.get(key) or node.other))
 
-    def _below(self, value: object, node: Node) -> object:
+    def _below(self, values: list[object], node: Node) -> Sequence[object]:
+        """What values become, all of them in the place that the node stands for."""
+        if node.leaves:
+            return self._ends(values, node.leaves)
+        try:
+            if node.other is None:
+                objects = _objects(encode(values))
+                self._walk(objects, node)
+                return objects
+            if not node.members and node.other.leaves:
+                maps = _TEXT_MAPS.decode(encode(values))
+                texts = iter(self._texts([text for each in maps for text in each.values()], node.other.leaves))
+                return [dict(zip(each, texts, strict=False)) for each in maps]
+            if not node.members:
+                lists = cast("list[list[Members]]", _OBJECT_LISTS.decode(encode(values)))
+                self._walk([each for objects in lists for each in objects], node.other)
+                return lists
+        except (msgspec.ValidationError, TypeError):
+            # they are not all alike, or partly settled
+            pass
+        return [self._one_below(value, node) for value in values]
+
+    def _one_below(self, value: object, node: Node) -> object:
         if isinstance(value, _Settled):
             return value
-        if node.leaves:
-            return self._value(value, node.leaves)
         if isinstance(value, dict):
             members: Members = value
         else:
             first = memoryview(_raw(value))[0]
             if first == _BRACKET and node.other is not None:
-                return self._elements(value, node.other)
+                shown = self._below(cast("list[object]", _LIST.decode(_raw(value))), node.other)
+                return [each for each in shown if each is not GONE]
             if first != _BRACE:
                 return value
             members = self._members(value)
-        self._walk(members, node)
+        self._walk([members], node)
         return members
 
-    def _elements(self, value: object, node: Node) -> object:
-        if not node.leaves:
-            try:
-                objects = _objects(value)
-            except msgspec.ValidationError:
-                pass
-            else:
-                for each in objects:
-                    self._walk(each, node)
-                return objects
-        return [shown for each in _LIST.decode(_raw(value)) if (shown := self._below(each, node)) is not GONE]
+    def _ends(self, values: list[object], leaves: tuple[Leaf, ...]) -> Sequence[object]:
+        """Masked values, at the end of a path."""
+        try:
+            return self._texts(_TEXTS.decode(encode(values)), leaves)
+        except (msgspec.ValidationError, TypeError):
+            return [self._end(value, leaves) for value in values]
 
-    def _value(self, value: object, leaves: tuple[Leaf, ...]) -> object:
-        first = _BRACE if isinstance(value, dict) else memoryview(_raw(value))[0]
-        if first == _NULL:
+    def _end(self, value: object, leaves: tuple[Leaf, ...]) -> object:
+        if isinstance(value, _Settled):
             return value
-        for leaf in leaves:
-            self.masked.add(leaf.title)
-        if first != _QUOTE:
-            return GONE
-        text = _TEXT.decode(_raw(value))
-        for leaf in leaves:
-            text = leaf.masked(text)
-        return text
+        first = _BRACE if isinstance(value, dict) else memoryview(_raw(value))[0]
+        if first in (_QUOTE, _NULL):
+            return self._texts([_TEXT.decode(_raw(value)) if first == _QUOTE else None], leaves)[0]
+        self._met(leaves)
+        return GONE
+
+    def _texts(self, texts: list[str | None], leaves: tuple[Leaf, ...]) -> list[str | None]:
+        if texts.count(None) < len(texts):
+            self._met(leaves)
+            for leaf in leaves:
+                texts = leaf.masked(texts)
+        return texts
+
+    def _met(self, leaves: tuple[Leaf, ...]) -> None:
+        self.masked.update([leaf.title for leaf in leaves])
 
     # failures
 
@@ -363,6 +426,15 @@ class View:
         return cast(Members, _OBJECT.decode(_raw(raw)))
 
 
+def _put(objects: Iterable[Members], key: str, values: Iterable[object]) -> None:
+    """Gives each of the objects its value; GONE takes the member away."""
+    for each, value in zip(objects, values, strict=True):
+        if value is GONE:
+            del each[key]
+        else:
+            each[key] = value
+
+
 class _Settled:
     """A string that no mask is to change any more."""
 
@@ -370,6 +442,12 @@ class _Settled:
 
     def __init__(self, text: str) -> None:
         self.text = text
+
+
+def is_plural(head: Members) -> bool:
+    """Whether the first members of an answer leave it open that it is a list or a table."""
+    kind = _text(head.get("kind"))
+    return "kind" not in head or kind.endswith("List") or kind == "Table"
 
 
 def _is_list(kind: str, members: Members) -> bool:

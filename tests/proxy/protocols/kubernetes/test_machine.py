@@ -444,6 +444,19 @@ def test_an_answer_that_cannot_be_masked_is_replaced(answer: bytes) -> None:
     assert b"aHVudGVyMg" not in player.sent[C]
 
 
+def test_a_long_list_goes_on_masked_while_it_comes_and_a_broken_one_stays_open() -> None:
+    items = b",".join([b'{"metadata":{"name":"s"},"data":{"p":"aHVudGVyMg=="}}'] * 5000)
+    body = b'{"kind":"SecretList","apiVersion":"v1","metadata":{},"items":[%b' % items
+    for end, whole in ((b"]}", True), (b",broken]}", False), (b"", False)):
+        player = Player(login=login((REDACT,))).client(request("GET", SECRETS)).server(response(body + end)[:-1])
+        assert player.sent[C].startswith(b"HTTP/1.1 200 OK") and len(player.sent[C]) > len(body) // 2
+        player.server(response(body + end)[-1:])
+        assert b"aHVudGVyMg" not in player.sent[C]
+        assert player.sent[C].endswith(b"\r\n0\r\n\r\n") is whole and player.closed is not whole
+        (done,) = player.done
+        assert (done.rows, done.error) == (5000, "") if whole else "cannot be shown masked" in done.error
+
+
 def test_a_masked_watch_stands_before_its_first_event() -> None:
     player = Player(login=login((REDACT,))).client(request("GET", SECRETS + "?watch=true"))
     player.server(response(b"", "200 OK", "Transfer-Encoding: chunked", length=False))
