@@ -8,7 +8,7 @@
 #ifndef HOPGATE_ABI_H
 #define HOPGATE_ABI_H
 
-#define HOPGATE_ABI 6
+#define HOPGATE_ABI 7
 
 #define COMM_BYTES 16
 #define PATH_BYTES 128
@@ -24,7 +24,7 @@ struct hopgate_config {
 	__u64 layout;	/* digest of this header and map sizes: equal layouts can share maps */
 	__u64 netns;	/* cookie of the network namespace that has the listener */
 	__u32 abi;	/* HOPGATE_ABI */
-	__u32 mark;	/* SO_MARK of exempt sockets, never 0 */
+	__u32 mark;	/* SO_MARK of exempt sockets, never 0; what lets them pass is the map `passing` */
 	__u64 intercept;	/* 0 when nobody is looked at; another number each time that it begins */
 };
 

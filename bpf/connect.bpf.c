@@ -11,7 +11,9 @@
  * Only the first runs in the process that connects; the others find the record by the socket's addresses, and believe
  * it only if it carries the socket's own cookie.
  *
- * Sockets of exempt images (the proxy's own) get the mark that the netfilter rules let pass; it is taken off any other.
+ * Sockets of exempt images (the proxy's own) get a mark, which is taken off any other, and their cookie is kept while they
+ * connect. The netfilter rules ask on_exempt about each SYN that has the mark: marks are for everybody who may set them,
+ * also between this program and a repeated SYN, and on sockets that are not TCP's.
  *
  * Only the stack is used for scratch: per-CPU maps are corrupted when this program is preempted.
  *
@@ -32,6 +34,7 @@ BPF_TABLE_PINNED("hash", struct hopgate_connect_key, struct hopgate_connect_reco
 		 CONNECTS_MAX / 8, PINS "/connects_of_users");
 BPF_TABLE_PINNED("lpm_trie", struct hopgate_scope_key, u32, scope, SCOPE_MAX, PINS "/scope", BPF_F_NO_PREALLOC);
 BPF_TABLE_PINNED("hash", u64, u32, exempt, EXEMPT_MAX, PINS "/exempt");
+BPF_TABLE_PINNED("hash", u64, u32, passing, PASSING_MAX, PINS "/passing", BPF_F_NO_PREALLOC);
 
 #define AF_INET 2
 #define AF_INET6 10
@@ -95,6 +98,27 @@ static inline void set_mark(struct bpf_sock_ops *ops, u32 mark)
 	bpf_setsockopt(ops, SOL_SOCKET, SO_MARK, &mark, sizeof(mark));
 }
 
+/* The rules let the socket's SYN pass until it is answered. */
+static inline void let_pass(struct bpf_sock_ops *ops, u32 mark)
+{
+	u64 cookie = bpf_get_socket_cookie(ops);
+	u32 one = 1;
+
+	set_mark(ops, mark);
+	passing.update(&cookie, &one);
+	bpf_sock_ops_cb_flags_set(ops, ops->bpf_sock_ops_cb_flags | BPF_SOCK_OPS_STATE_CB_FLAG);
+}
+
+/* It was answered, or is gone. */
+static inline void has_passed(struct bpf_sock_ops *ops, u32 mark)
+{
+	struct bpf_sock *sk = ops->sk;
+	u64 cookie = bpf_get_socket_cookie(ops);
+
+	if (sk && sk->mark == mark)
+		passing.delete(&cookie);
+}
+
 /*
  * Whether the network namespace was made by a user, that is in a user namespace of its own. Only that of the caller can
  * be looked at; a socket of another one counts as a user's.
@@ -138,7 +162,7 @@ static inline void on_connect(struct bpf_sock_ops *ops, struct hopgate_connect_k
 	record.node = own ? *own : 0;
 	if (record.node && exempt.lookup(&record.node)) {
 		if (recorded)
-			set_mark(ops, config->mark);
+			let_pass(ops, config->mark);
 		return;
 	}
 	if (config->intercept) {
@@ -246,9 +270,19 @@ int on_sock_ops(struct bpf_sock_ops *ops)
 	key.local = netns == config->netns;
 	if (ops->op == BPF_SOCK_OPS_TCP_CONNECT_CB)
 		on_connect(ops, &key, config, netns);
-	else if (ops->op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB)
-		on_established(ops, &key);
 	else
+		has_passed(ops, config->mark);
+	if (ops->op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB)
+		on_established(ops, &key);
+	else if (ops->op == BPF_SOCK_OPS_STATE_CB)
 		on_close(ops, &key);
 	return 1;
+}
+
+/* Matched by the rules (xt_bpf): is this from a socket of an exempt image that connects? */
+int on_exempt(struct __sk_buff *skb)
+{
+	u64 cookie = bpf_get_socket_cookie(skb);
+
+	return passing.lookup(&cookie) != 0;
 }

@@ -17,7 +17,7 @@ from hostagent.kernel import bpf
 from hostagent.kernel.settings import MapSizes, Settings
 from proxy.model import Endpoint, Prefix
 
-ABI = 6
+ABI = 7
 SOURCES = ("abi.h", "lineage.bpf.c", "intercept.bpf.c", "connect.bpf.c", "raw.bpf.c")
 
 TRACEPOINTS = {"on_fork": "sched_process_fork", "on_exec": "sched_process_exec", "on_exit": "sched_process_exit"}
@@ -29,6 +29,8 @@ CGROUP_HOOKS = {SOCK_OPS: bpf.CGROUP_SOCK_OPS, "on_sock_create": bpf.CGROUP_INET
 """Programs on the cgroup, and what they are attached as."""
 PACKET_HOOKS = {"on_egress": bpf.CGROUP_INET_EGRESS, "on_ingress": bpf.CGROUP_INET_INGRESS}
 """The same, but attached only while somebody is intercepted."""
+MATCHED = "on_exempt"
+"""Asked by the netfilter rules, and attached to nothing."""
 PROGRAMS = (*TRACEPOINTS, *TELLING_TRACEPOINTS, *CGROUP_HOOKS)
 
 DEPTH_MAX = 1024
@@ -244,6 +246,7 @@ MAPS: dict[str, tuple[int, int]] = {
     **dict.fromkeys(CONNECTS, (ctypes.sizeof(ConnectKey), ctypes.sizeof(ConnectRecord))),
     "scope": (ctypes.sizeof(ScopeKey), 4),
     "exempt": (8, 4),
+    "passing": (8, 4),
     "declared": (8, ctypes.sizeof(Declaration)),
     "agent_files": (ctypes.sizeof(FileKey), 4),
     "spared": (8, 4),

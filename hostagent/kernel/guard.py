@@ -112,11 +112,12 @@ class Guard:
         with self._lock, turn.taken(self._settings.run_dir):
             if not self._held:
                 return []
-            # first what opens a way
-            found = redirect.repair(self._rules, self._installed, look_at_rules=rules)
-            if found:
+            # the rules name a pin
+            found = self._repair_pins()
+            changes = redirect.repair(self._rules, self._installed, look_at_rules=rules)
+            if changes:
                 self._members = self._sizes()
-            found += self._repair_pins()
+            found += changes
             found += self._repair_attachment()
             found += self._repair_maps()
             return found

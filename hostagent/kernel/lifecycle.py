@@ -67,7 +67,7 @@ def attached(settings: Settings) -> bool:
 def pinned_names(*, intercepting: bool = False) -> frozenset[str]:
     """The files of a complete pin directory."""
     links = {f"link_{name}" for name in (*abi.PROGRAMS, *(abi.PACKET_HOOKS if intercepting else ()))}
-    programs = {f"program_{name}" for name in (*abi.PROGRAMS, *abi.PACKET_HOOKS)}
+    programs = {f"program_{name}" for name in (*abi.PROGRAMS, *abi.PACKET_HOOKS, abi.MATCHED)}
     return frozenset({*abi.MAPS, abi.RING, "blank", "graveyard", "watches", *links, *programs})
 
 

@@ -202,6 +202,7 @@ def compile_sources(bcc: ModuleType, request: LoadRequest) -> Any:
         f"-DCONNECTS_MAX={sizes.connects}",
         f"-DSCOPE_MAX={sizes.scope}",
         f"-DEXEMPT_MAX={sizes.exempt}",
+        f"-DPASSING_MAX={sizes.passing}",
         f"-DDECLARED_MAX={sizes.declared}",
         f"-DEVENTS_BYTES={sizes.event_bytes}",
         f"-DAGENT_FILES_MAX={sizes.agent_files}",
@@ -239,6 +240,7 @@ def load_programs(module: Any) -> dict[str, int]:
     of_hooks = {bpf.CGROUP_SOCK_OPS: module.SOCK_OPS, bpf.CGROUP_INET_SOCK_CREATE: module.CGROUP_SOCK}
     kinds |= {name: of_hooks[hook] for name, hook in abi.CGROUP_HOOKS.items()}
     kinds |= dict.fromkeys(abi.PACKET_HOOKS, module.CGROUP_SKB)
+    kinds[abi.MATCHED] = module.SOCKET_FILTER
     kinds[ITERATOR] = module.TRACING
     programs: dict[str, int] = {}
     for name, kind in kinds.items():
@@ -259,6 +261,7 @@ _NEEDS = {
         [*abi.CGROUP_HOOKS, *abi.PACKET_HOOKS],
         "it needs CONFIG_CGROUP_BPF, bpf_get_netns_cookie (Linux 5.15) and CAP_NET_ADMIN",
     ),
+    abi.MATCHED: "it needs CONFIG_BPF_SYSCALL and CAP_BPF",
     ITERATOR: "it needs BPF iterators (CONFIG_BPF_EVENTS, CONFIG_DEBUG_INFO_BTF)",
 }
 
@@ -267,6 +270,7 @@ def attach(programs: dict[str, int], pins: Path, cgroup: Path) -> None:
     for name, tracepoint in {**abi.TRACEPOINTS, **abi.TELLING_TRACEPOINTS}.items():
         pin(programs[name], pins / f"program_{name}")
         pin(bpf.raw_tracepoint_open(tracepoint, programs[name]), pins / f"link_{name}")
+    pin(programs[abi.MATCHED], pins / f"program_{abi.MATCHED}")
     try:
         target = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:

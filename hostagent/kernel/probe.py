@@ -36,7 +36,11 @@ def features() -> Iterator[tuple[str, Callable[[], None], str]]:
     yield "sock_ops on a cgroup", _sock_ops, "boot a kernel with CONFIG_CGROUP_BPF (Linux 5.15 or newer has all of it)"
     yield "packets of a cgroup", _packets, "boot a kernel with CONFIG_CGROUP_BPF; without it `intercept: all` cannot be"
     yield "ring buffer", _ring, "boot a kernel with CONFIG_BPF_SYSCALL (Linux 5.8 or newer has ring buffers)"
-    yield "netfilter rules", _rules, "modprobe -a xt_REDIRECT xt_set xt_cgroup xt_mark xt_conntrack ip_set_hash_net"
+    yield (
+        "netfilter rules",
+        _rules,
+        "modprobe -a xt_REDIRECT xt_set xt_cgroup xt_bpf xt_conntrack ip_set_hash_net",
+    )
 
 
 def legacy_cgroups() -> list[str]:
@@ -126,10 +130,10 @@ def _rules() -> None:
             if ctypes.CDLL(None, use_errno=True).unshare(_CLONE_NEWNET) != 0:
                 code = ctypes.get_errno()
                 raise OSError(code, f"cannot make a network namespace to try them in: {os.strerror(code)}")
-            with _cgroup() as directory:
+            with _cgroup() as directory, _pinned() as exempt:
                 path = str(directory.relative_to(cgroups.mount_point()))
                 endpoints = (Endpoint("192.0.2.1", 1), Endpoint("2001:db8::1", 1))
-                redirect.install(redirect.Rules(_TRY_PORT, path, DEFAULT_MARK, (1,), endpoints))
+                redirect.install(redirect.Rules(_TRY_PORT, path, DEFAULT_MARK, exempt, (1,), endpoints))
         except (KernelError, OSError) as error:
             failed.append(error)
 
@@ -147,6 +151,22 @@ def _cgroup() -> Iterator[Path]:
         yield directory
     finally:
         directory.rmdir()
+
+
+@contextmanager
+def _pinned() -> Iterator[Path]:
+    """A program that a rule can name."""
+    path = loader.BPFFS / f"hopgate-doctor-{os.getpid()}"
+    loader.require_bpffs(path)
+    program = bpf.program_load(bpf.SOCKET_FILTER, _END)
+    try:
+        bpf.object_pin(program, path)
+        try:
+            yield path
+        finally:
+            path.unlink()
+    finally:
+        os.close(program)
 
 
 # --- a few instructions -----------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ does not reassemble for a raw socket with IP_NODEFRAG.
 
 Everything is in chains and sets of our own, for IPv4 and IPv6; each table's rules go in as one transaction, with
 exactly one jump, in front. Rules look at SYNs only, so that connections which exist already go on. The workers' own
-connections are exempt if they come from the workers' cgroup *and* carry the mark that only the kernel program gives.
+connections are exempt if they come from the workers' cgroup, carry the mark, *and* are known to the kernel programs by
+their socket (`on_exempt` in bpf/connect.bpf.c): who has CAP_NET_RAW can put any mark on anything at any time.
 
 iptables has two backends, nf_tables and the legacy tables, and a kernel can have rules in both: both apply, in nat and
 in filter, and of equals the table that was made last comes first. We use the one that `iptables` is on this host. When
@@ -31,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from hostagent.kernel import cgroups, turn
+from hostagent.kernel import abi, cgroups, turn
 from hostagent.kernel.settings import KernelError, Scope, Settings
 from proxy.model import Endpoint, Prefix
 
@@ -54,12 +55,14 @@ _LEGACY_TABLES = {4: "/proc/thread-self/net/ip_tables_names", 6: "/proc/thread-s
 
 @dataclass(frozen=True, slots=True)
 class Rules:
-    """What is redirected and who is exempt. `worker_cgroup` is a path from the cgroup2 mount, and has to exist: the
-    kernel resolves it when the rule is installed."""
+    """What is redirected and who is exempt. `worker_cgroup` is a path from the cgroup2 mount, `exempt` that of the
+    pinned program that knows exempt sockets. Both have to exist: the kernel resolves them when the rule is
+    installed."""
 
     listen_port: int
     worker_cgroup: str
     mark: int
+    exempt: Path
     ports: tuple[int, ...]
     endpoints: tuple[Endpoint, ...]
     prefixes: tuple[Prefix, ...] = ()
@@ -72,7 +75,8 @@ class Rules:
             path = settings.worker_cgroup.relative_to(mount)
         except ValueError as error:
             raise KernelError(f"worker cgroup `{settings.worker_cgroup}` is not below `{mount}`") from error
-        return cls(settings.listen_port, str(path), settings.mark, scope.ports, scope.endpoints, scope.prefixes)
+        exempt = settings.pin_dir / f"program_{abi.MATCHED}"
+        return cls(settings.listen_port, str(path), settings.mark, exempt, scope.ports, scope.endpoints, scope.prefixes)
 
 
 def install(rules: Rules) -> str:
@@ -272,7 +276,10 @@ def _restore(family: int, text: str) -> None:
 def _table_text(rules: Rules, family: int, table: str, saved: list[str]) -> str:
     """What replaces our chains of a table, and the jumps to them unless they are right, as one transaction."""
     matches = (f"-m set --match-set {_PORTS_SET} dst", f"-m set --match-set {_ENDPOINTS_SET[family]} dst,dst")
-    exempt = f"-m cgroup --path {_quoted(rules.worker_cgroup)} -m mark --mark {rules.mark:#x}"
+    exempt = (
+        f"-m cgroup --path {_quoted(rules.worker_cgroup)} -m mark --mark {rules.mark:#x} "
+        f"-m bpf --object-pinned {_quoted(str(rules.exempt))}"
+    )
     redirect = f"-j REDIRECT --to-ports {rules.listen_port}"
     unreachable = "icmp-port-unreachable" if family == 4 else "icmp6-port-unreachable"
     bodies = {
@@ -310,7 +317,7 @@ def _table_text(rules: Rules, family: int, table: str, saved: list[str]) -> str:
 
 def _quoted(path: str) -> str:
     if any(character in path for character in '"\\\n'):
-        raise KernelError(f"worker cgroup `{path}` has a character that iptables-restore cannot take")
+        raise KernelError(f"path `{path}` has a character that iptables-restore cannot take")
     return f'"{path}"'
 
 

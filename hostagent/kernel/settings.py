@@ -23,7 +23,8 @@ class MapSizes:
     """Entries of the kernel's maps; memory is taken at load, about 540 bytes a node. What is started when `procs` or
     `nodes` are full is unlabelled and denied. `graveyard` is how many dead images wait for a late accept; `connects` is
     how many connections may wait to be accepted; in other network namespaces half as many, and an eighth in those that
-    users made. `declared` is how many images may be declared to be agents at a time. `event_bytes`, a power of two,
+    users made. `passing` is how many connects of the workers may wait for an answer, and `declared` how many
+    images may be declared to be agents, at a time. `event_bytes`, a power of two,
     holds what the host agent has not read yet, about 90 bytes an event. `agent_files` are the files of agents that are
     intercepted, `spared` the images that look like one of them and are none, and `unwatched` the connections of such
     that cannot be looked at, each at a time."""
@@ -34,6 +35,7 @@ class MapSizes:
     connects: int = 65_536
     scope: int = 4_096
     exempt: int = 1_024
+    passing: int = 16_384
     declared: int = 4_096
     event_bytes: int = 262_144
     agent_files: int = 1_024

@@ -169,6 +169,13 @@ static int speak(int fd)
 	return speak_after(fd, 0);
 }
 
+static int marked(int fd, const char *mark)
+{
+	int value = strtol(mark, 0, 0);
+
+	return setsockopt(fd, SOL_SOCKET, SO_MARK, &value, sizeof(value));
+}
+
 static int dial(int fd)
 {
 	if (fd < 0)
@@ -325,6 +332,33 @@ static int mark(void)
 	return dial(fd);
 }
 
+/*
+ * Puts the mark on when the programs have looked. The socket takes nothing that comes in meanwhile, so the kernel sends
+ * the SYN again.
+ */
+static int mark_later(void)
+{
+	int fd = tcp(0), failure = 0, deaf = 255, hears = 0;
+	socklen_t size = sizeof(failure);
+
+	fcntl(fd, F_SETFL, O_NONBLOCK);
+	setsockopt(fd, SOL_IP, IP_MINTTL, &deaf, sizeof(deaf));
+	if (!connect(fd, (void *)&dest, dest_size) || errno != EINPROGRESS)
+		return failed("connect");
+	if (marked(fd, rest[0]))
+		return failed("SO_MARK");
+	usleep(atoi(rest[1]) * 1000);
+	setsockopt(fd, SOL_IP, IP_MINTTL, &hears, sizeof(hears));
+	if (poll(&(struct pollfd){.fd = fd, .events = POLLOUT}, 1, 3 * WAIT_MS) != 1)
+		return say("no answer");
+	getsockopt(fd, SOL_SOCKET, SO_ERROR, &failure, &size);
+	errno = failure;
+	if (failure)
+		return failed("connect");
+	fcntl(fd, F_SETFL, 0);
+	return speak(fd);
+}
+
 static int bound(int number)
 {
 	int fd = tcp(0), on = 1;
@@ -425,6 +459,8 @@ static int raw(void)
 
 	if (fd < 0 || in < 0)
 		return failed("raw socket");
+	if (rests > 3 && marked(fd, rest[3]))
+		return failed("SO_MARK");
 	setsockopt(in, SOL_SOCKET, SO_RCVTIMEO, &limit, sizeof(limit));
 	size_t size = build(&segment, from, number, flags, 7000, 0, "", 0);
 
@@ -561,6 +597,8 @@ static int udp(void)
 {
 	int fd = socket(dest.ss_family, SOCK_DGRAM, 0);
 
+	if (rests && marked(fd, rest[0]))
+		return failed("SO_MARK");
 	if (sendto(fd, token, strlen(token), 0, (void *)&dest, dest_size) < 0)
 		return failed("sendto");
 	return say("the datagram is out");
@@ -935,7 +973,7 @@ static const struct {
 	WAY(raw_fragments), WAY(packet), WAY(http_connect), WAY(source_route), WAY(early), WAY(launch), WAY(udp), WAY(vsock), WAY(local), WAY(declare), WAY(give), WAY(take), WAY(keep), WAY(rob),
 	WAY(fork_between), WAY(clone_parent), WAY(orphan), WAY(run_as), WAY(from_memory), WAY(named), WAY(deep),
 	WAY(sleeper), WAY(new_namespace), WAY(flood), WAY(squat),
-	WAY(trickle), WAY(many),
+	WAY(trickle), WAY(many), WAY(mark_later),
 #ifdef __x86_64__
 	WAY(traced),
 #endif

@@ -477,6 +477,7 @@ def opened_bed() -> Iterator[Bed]:
         sysctl(runner, "net.ipv4.tcp_fastopen", "5")
         # what the kernel of a runner waits for a minute is waited for a second here
         sysctl(runner, "net.netfilter.nf_conntrack_tcp_timeout_close_wait", "1")
+        sysctl(runner, "net.netfilter.nf_conntrack_tcp_timeout_close", "1")
         with uplink(database) as netns:
             made.begin()
             made.escaped = made.end(made.run(made.command("plain", address=UPLINK[1]), netns=netns))

@@ -183,6 +183,32 @@ def _(bed: Bed) -> Seen:
     return bed.end(bed.run(command(bed, "root", "mark", "0x0f0e"), group="workers"))
 
 
+@case(
+    "SO_MARK forged in the workers' cgroup, after connect()",
+    "root",
+    CLOSED,
+    "the rules ask for the socket, not its mark",
+)
+def _(bed: Bed) -> Seen:
+    with daemon_gone(bed):
+        bed.begin()
+        return bed.end(bed.run(command(bed, "root", "mark_later", "0x0f0e", 5500), group="workers"))
+
+
+@case("SO_MARK forged in the workers' cgroup: UDP", "root", CLOSED)
+def _(bed: Bed) -> Seen:
+    bed.begin()
+    return bed.end(bed.run(command(bed, "root", "udp", "0x0f0e"), group="workers"))
+
+
+@case("SO_MARK forged in the workers' cgroup: raw IP", "root", f"{DENIED_UNKNOWN}, alerted")
+def _(bed: Bed) -> Seen:
+    bed.begin()
+    with bed.silenced(42_019):
+        said = bed.run(command(bed, "root", "raw", RUNNER[0], 42_019, "2", "0x0f0e"), group="workers")
+    return bed.end(said)
+
+
 @case("connect straight to the listener", "user", CLOSED)
 def _(bed: Bed) -> Seen:
     return attack(bed, "user", "plain", address="127.0.0.1", port=bed.listen_port)

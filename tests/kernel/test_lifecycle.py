@@ -59,7 +59,8 @@ def test_cleanup_leaves_nothing() -> None:
         before = _everything(made.netns)
         made.load()
         ids = _ids(made)
-        assert len(ids["prog"]) == len(abi.PROGRAMS) + len(abi.PACKET_HOOKS) and len(ids["link"]) == len(abi.PROGRAMS)
+        assert len(ids["prog"]) == len({*abi.PROGRAMS, *abi.PACKET_HOOKS, abi.MATCHED})
+        assert len(ids["link"]) == len(abi.PROGRAMS)
         assert len(ids["map"]) == len(abi.MAPS) + 4
         assert _everything(made.netns) != before
         made.pins.close()

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from hostagent import kernel
+from hostagent.kernel import abi, bpf
 from hostagent.kernel import pins as pins_module
 from proxy.model import Endpoint
 from tests.kernel.bed import BEYOND, HERE, LISTEN_PORT, PORT, Bed, bed
@@ -246,6 +247,10 @@ def test_an_exempt_worker_reaches_the_target_itself(routed: Bed, local: bool) ->
         routed.pins.exempt(node)
         assert routed.pins.exempted() == {node}
         assert _greeting(worker) == "target"
+        # nothing is let past any longer than until it is answered
+        passing = bpf.Map.pinned(routed.settings.pin_dir / "passing", *abi.MAPS["passing"])
+        assert list(passing.keys()) == []
+        passing.close()
         routed.pins.unexempt(node)
         assert routed.pins.exempted() == frozenset()
 
