@@ -1,7 +1,8 @@
 """Matches process images to the policy's agents.
 
 The executable is compared as the file it is (device and inode, as the kernel names them), never by a path that a
-process chose. A file that others could have put there or written makes nobody an agent; that is logged.
+process chose. A file that others could have put there or written makes nobody an agent; that is logged. One that
+the policy gives a digest of may be somebody else's, if it is where every write leaves a trace (`files.settled_sha256`).
 
 Where a condition cannot be told (cgroup gone, file changed after the process started), the image is not quietly "no
 agent", which would give it what its parent may do: `Undecidable` is raised. Arguments are another matter: whoever
@@ -167,7 +168,7 @@ def _current(executable: _Executable) -> _File:
     try:
         executable.file = _look(executable)
         complaint = ""
-    except (OSError, _Untrusted) as error:
+    except (OSError, files.Unsettled, _Untrusted) as error:
         executable.file = _NOBODY
         complaint = str(error)
     if complaint and complaint != executable.complaint:
@@ -188,12 +189,18 @@ def _look(executable: _Executable) -> _File:
         executable.release()
         executable.fd = os.open(agent.exe, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         executable.status = status = os.fstat(executable.fd)
-        executable.sha256 = files.sha256(executable.fd, status.st_size) if agent.sha256 else ""
+        executable.sha256 = ""
     if status.st_mode & 0o022:
         raise _Untrusted("can be written by group or others")
+    roots_own = status.st_uid == 0 and all(map(_only_root_puts_files_into, Path(os.path.realpath(agent.exe)).parents))
+    if agent.sha256 and not executable.sha256:
+        take = files.sha256 if roots_own else files.settled_sha256
+        digest = take(executable.fd, status.st_size)
+        if files.version(os.fstat(executable.fd)) != files.version(executable.status):
+            raise files.Unsettled("was changed while it was read")
+        executable.sha256 = digest
     if executable.sha256 != agent.sha256.lower():
         raise _Untrusted(f"has the sha256 `{executable.sha256}`, not that of the policy")
-    roots_own = status.st_uid == 0 and all(map(_only_root_puts_files_into, Path(os.path.realpath(agent.exe)).parents))
     if not roots_own and not agent.sha256:
         raise _Untrusted("others than root can replace it, and the policy gives no sha256")
     mapped = files.mapped(executable.fd)

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 import shutil
+import subprocess
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from structlog.testing import capture_logs
 
-from hostagent.attribution import AgentMatcher, Undecidable, agents
+from hostagent.attribution import AgentMatcher, Undecidable, agents, files
 from proxy.model import ProcessImage
 from proxy.policy.document import Agent
 
@@ -20,6 +24,17 @@ Image = Callable[..., ProcessImage]
 @pytest.fixture(autouse=True)
 def look_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agents, "RECHECK_S", 0.0)
+
+
+TELLING, SETTLED_NS = files.TELLING, files.SETTLED_NS
+
+
+@pytest.fixture(autouse=True)
+def trust_new_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also where temporary files are on tmpfs."""
+    monkeypatch.setattr(files, "SETTLED_NS", 0)
+    with (tmp_path / "any").open("wb") as file:
+        monkeypatch.setattr(files, "TELLING", TELLING | {files.file_system(file.fileno())})
 
 
 @pytest.fixture
@@ -125,6 +140,72 @@ def test_without_digest_the_file_has_to_be_roots(exe: Path, image: Image) -> Non
     assert AgentMatcher([Agent("a", str(exe))]).match(image()) == ()
     digest = hashlib.sha256(exe.read_bytes()).hexdigest()
     assert AgentMatcher([Agent("a", str(exe), sha256=digest)]).match(image()) == ("a",)
+
+
+@contextmanager
+def written_through_a_mapping(exe: Path) -> Iterator[mmap.mmap]:
+    """A page that was written to, and is as it was: further writes to it leave no trace in the file's times."""
+    with exe.open("r+b") as file, mmap.mmap(file.fileno(), 0) as page:
+        page[-1] = page[-1]
+        yield page
+
+
+def test_a_file_that_is_open_for_writing_makes_nobody_an_agent(exe: Path, image: Image) -> None:
+    """Its owner shows what the policy wants, and writes something else when that was read."""
+    os.chown(exe, 1000, 1000)
+    digest = hashlib.sha256(exe.read_bytes()).hexdigest()
+    with written_through_a_mapping(exe) as page, capture_logs() as logs:
+        matcher = AgentMatcher([Agent("a", str(exe), sha256=digest)])
+        assert matcher.match(image()) == ()
+        page[-1] ^= 0xFF
+    assert logs[0]["why"] == "is open for writing"
+    assert matcher.match(image()) == ()
+    with exe.open("r+b") as file:
+        file.seek(-1, os.SEEK_END)
+        last = file.read()[0]
+        file.seek(-1, os.SEEK_END)
+        file.write(bytes([last ^ 0xFF]))
+    assert matcher.match(image()) == ("a",)
+
+
+def test_who_writes_while_it_is_read_ends_nobody(exe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel tells the holder of a lease by a signal."""
+    others: list[subprocess.Popen[bytes]] = []
+
+    def read(fd: int, _size: int) -> str:
+        others.append(subprocess.Popen(["sh", "-c", 'echo >> "$0"', exe]))
+        time.sleep(0.3)
+        return "read"
+
+    monkeypatch.setattr(files, "sha256", read)
+    with exe.open("rb") as file:
+        assert files.settled_sha256(file.fileno(), 1) == "read"
+    assert others[0].wait(10) == 0
+
+
+def test_without_times_that_tell_the_digest_proves_nothing(
+    exe: Path, image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(files, "TELLING", TELLING)
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as directory:
+        copy = Path(shutil.copy2(exe, directory))
+        os.chown(copy, 1000, 1000)
+        digest = hashlib.sha256(copy.read_bytes()).hexdigest()
+        with capture_logs() as logs:
+            made = image(device=copy.stat().st_dev, inode=copy.stat().st_ino)
+            assert AgentMatcher([Agent("a", str(copy), sha256=digest)]).match(made) == ()
+    assert "not every write can be told" in logs[0]["why"]
+
+
+def test_two_writes_within_a_tick_are_waited_out(exe: Path, image: Image, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "SETTLED_NS", SETTLED_NS)
+    os.chown(exe, 1000, 1000)
+    digest = hashlib.sha256(exe.read_bytes()).hexdigest()
+    matcher = AgentMatcher([Agent("a", str(exe), sha256=digest)])
+    os.utime(exe)
+    assert matcher.match(image()) == ()
+    time.sleep(0.1)
+    assert matcher.match(image()) == ("a",)
 
 
 @pytest.mark.parametrize(("mode", "owner", "trusted"), [(0o777, 0, False), (0o1777, 0, True), (0o755, 1000, False)])
