@@ -35,7 +35,7 @@ import msgspec
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from hostagent import alerts, kernel
+from hostagent import alerts, kernel, powers
 from hostagent.control import client, messages
 from hostagent.control.store import Store
 from hostagent.credentials import CredentialFiles, CredentialUnavailable
@@ -52,6 +52,7 @@ STEP_US = 60 * 1_000_000
 SYSTEM_TRUST = Path("/etc/ssl/certs/ca-certificates.crt")
 _POWERFUL_GROUPS = ("sudo", "wheel", "admin", "docker", "lxd", "disk", "shadow")
 _TIME_ERROR = 5
+_TOLD_MAX = 4
 
 
 class State(enum.StrEnum):
@@ -90,6 +91,7 @@ def examine(settings: Settings) -> list[Finding]:
         lambda: _alerts(settings),
         _hardening,
         lambda: _agents(document),
+        lambda: _capabilities(document),
     ]
     findings: list[Finding] = []
     for part in parts:
@@ -465,6 +467,31 @@ def _agents(document: Document | PolicyError) -> Iterator[Finding]:
             yield Finding(check, State.WEAK, what, "run agents as a user without privileges")
         else:
             yield Finding(check, State.OK, f"`{user.pw_name}` has no privilege that is known")
+
+
+def _capabilities(document: Document | PolicyError) -> Iterator[Finding]:
+    if isinstance(document, PolicyError):
+        yield Finding("capabilities of agents", State.SKIPPED, "the policy, which names them, cannot be loaded")
+        return
+    among = powers.running()
+    for agent in sorted(document.agents, key=lambda agent: agent.name):
+        if not agent.exe:
+            continue
+        check = f"capabilities of {agent.name}"
+        own = powers.processes(agent, among)
+        has = [f"`{agent.exe}` {what}" for what in powers.of_file(agent.exe)]
+        has += [
+            f"process {one.pid} of uid {one.uid} has {', '.join(found)}"
+            for one in own
+            if (found := powers.names(one.capabilities))
+        ]
+        if has:
+            more = f"; and {len(has) - _TOLD_MAX} more" if len(has) > _TOLD_MAX else ""
+            what = f"{'; '.join(has[:_TOLD_MAX])}{more}: what it can do with them is in docs/threat-model.md"
+            fix = "take them away: setcap -r, chmod u-s, `CapabilityBoundingSet=`, --cap-drop; run it as a user"
+            yield Finding(check, State.WEAK, what, fix)
+        else:
+            yield Finding(check, State.OK, f"none by its file, none in the {len(own)} processes of it that run now")
 
 
 def _known_group(gid: int) -> bool:

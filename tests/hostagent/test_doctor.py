@@ -6,8 +6,10 @@ import json
 import os
 import re
 import shutil
+import struct
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -32,7 +34,7 @@ SOUND = {
     *("programs", "bcc", "BTF", "hash, queue and LPM maps", "raw tracepoints", "sock_ops on a cgroup"),
     *("netfilter rules", "cgroup2", "workers", "settings", "programs and pins", "lineage", "rules", "policy"),
     *("policy in force", "target shop", "credential shop", "certificate authority", "disk of the state"),
-    *("alerts", "user 65534", "shop reachable", "iptables"),
+    *("alerts", "user 65534", "shop reachable", "iptables", "capabilities of job"),
 }
 
 
@@ -194,6 +196,38 @@ def test_targets_that_cannot_be_reached_are_found(patient: Patient) -> None:
     finally:
         patient.gateway.write_policy(POLICY)
         patient.gateway.cli("reload")
+
+
+def test_capabilities_that_agents_should_not_have_are_found(patient: Patient) -> None:
+    program = Path(shutil.copy("/bin/sleep", patient.gateway.directory / "agent"))
+    policy = patient.gateway.policy_dir / "policy.yaml"
+    before = policy.read_text()
+    kept = ["--inh-caps=+net_raw", "--ambient-caps=+net_raw"]
+    try:
+        policy.write_text(before.replace("job: {exe: /bin/false, uid: 65534}", f"job: {{exe: {program}, uid: 65534}}"))
+        assert patient.findings()[1]["capabilities of job"]["state"] == "ok"
+        user = ["setpriv", "--reuid=65534", "--clear-groups"]
+        for given, others in ((kept, []), ([], kept)):
+            started = [subprocess.Popen([*user, *one, str(program), "60"]) for one in (given, others)]
+            try:
+                time.sleep(0.3)
+                found = patient.findings()[1]["capabilities of job"]
+                whose = started[0 if given else 1].pid
+                assert found["state"] == "weak" and found["fix"]
+                assert f"process {whose} of uid 65534 has NET_RAW" in found["what"]
+                assert found["what"].count("process ") == 1
+            finally:
+                for one in started:
+                    one.kill()
+                    one.wait()
+        # cap_net_admin+ep, of the second version
+        os.setxattr(program, "security.capability", struct.pack("<IIIII", 0x02000001, 1 << 12, 0, 0, 0))
+        assert "has the file capabilities NET_ADMIN" in patient.findings()[1]["capabilities of job"]["what"]
+        os.removexattr(program, "security.capability")
+        program.chmod(0o4755)
+        assert "(setuid)" in patient.findings()[1]["capabilities of job"]["what"]
+    finally:
+        policy.write_text(before)
 
 
 def test_a_policy_that_was_not_loaded_is_found(patient: Patient) -> None:
