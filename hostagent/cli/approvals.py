@@ -24,6 +24,7 @@ def approvals(
     from hostagent.cli import terminal
     from hostagent.control import client, messages
     from hostagent.control.store import opened
+    from proxy.recording.replay import visible
 
     given = settings(config)
     if past:
@@ -45,11 +46,18 @@ def approvals(
                 row.hop,
                 row.rule,
                 row.session,
-                row.preview,
+                row.preview.partition("\n")[0],
             )
             for row in rows
         ],
     )
+    if past:
+        return
+    for row in rows:
+        lines = row.preview.split("\n")
+        if len(lines) > 1:
+            # indented, so that what an agent wrote does not look like one of ours
+            print(f"\n{row.id} in full:", *(f"  {visible(line)}" for line in lines), sep="\n")
 
 
 def approve(approval: _Approval, reason: _Reason = "", config: Config = DEFAULT_CONFIG) -> None:
@@ -73,4 +81,5 @@ def _decide(approval: str, approved: bool, reason: str, config: Path) -> None:
         request = messages.Deny(approval=approval, reason=reason)
     answer = client.ask(settings(config).control_socket, request, messages.ApprovalDecided)
     row = answer.approval
-    print(f"{answer.outcome} {row.id} by {answer.by}: {visible(row.preview)}")
+    first, line_end, _ = row.preview.partition("\n")
+    print(f"{answer.outcome} {row.id} by {answer.by}: {visible(first)}{' …' if line_end else ''}")

@@ -263,7 +263,8 @@ def test_a_hold_is_approved_on_a_diff(harbour: Harbour, deployment: str) -> None
         shown = [" ".join(line.split()) for line in waiting.preview.splitlines()]
         assert {"- image: hopgate.test/web:1", "+ image: hopgate.test/web:2"} <= {*shown}, waiting.preview
         assert (waiting.hop, waiting.rule) == ("held", "held-changes")
-        assert waiting.id in harbour.gateway.cli("approvals").stdout
+        listed = harbour.gateway.cli("approvals").stdout
+        assert waiting.id in listed and re.search(r"\n  \+ +image: hopgate\.test/web:2\n", listed), listed
         harbour.gateway.cli("approve", waiting.id, "--reason", "it was built today")
         said = process.communicate(timeout=20)[0]
     assert "deployment.apps/web image updated" in said

@@ -203,7 +203,7 @@ def test_a_running_host_agent_is_asked(host: Host) -> None:
         await server.start()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(hold(daemon, "H-AAAAAA", "UPDATE orders SET x = 1"))
-            tasks.create_task(hold(daemon, "H-BBBBBB", "DELETE FROM orders\x1b[2J"))
+            tasks.create_task(hold(daemon, "H-BBBBBB", "DELETE FROM orders\x1b[2J\nH-CCCCCC  pending"))
             await asyncio.sleep(0)
             ready.set()
         await asyncio.to_thread(stop.wait, 60)
@@ -222,7 +222,7 @@ def test_a_running_host_agent_is_asked(host: Host) -> None:
         assert host.fails("reload") == "a.yaml:3: unknown key `rulez`"
         listed = host.hopgate("approvals").stdout
         assert "UPDATE orders SET x = 1" in listed
-        assert r"DELETE FROM orders\x1b[2J" in listed
+        assert listed.endswith("\nH-BBBBBB in full:\n  DELETE FROM orders\\x1b[2J\n  H-CCCCCC  pending\n"), listed
         assert {row["id"] for row in json.loads(host.hopgate("approvals", "--json").stdout)} == {"H-AAAAAA", "H-BBBBBB"}
         assert "no approval `H-CCCCCC`" in host.fails("approve", "H-CCCCCC")
         approved = host.hopgate("approve", "h-aaaaaa", "--reason", "ticket 7")
