@@ -26,11 +26,11 @@ could decode, so they are removed. A mask on `data` of Secrets holds for `string
 everything else passes as the server wrote it, numbers included. Of keys that are there twice the last counts, as it
 does for the server.
 
-**How it comes.** Lists and tables are masked and sent on while they come, some objects at a time: nothing leaves that was
-not read to the end of its object, and masked. Where that could be another object than it seems (masks reach into a
-member `items`, or a list says behind its items of which kind they are, and they do not), an answer is masked when it
-is all there, as everything else is. A list that turns out to be broken is cut off, so that the client sees a broken
-one.
+**How it comes.** Lists and tables are masked and sent on while they come, some objects at a time: nothing leaves that
+was not read to the end of its object, and masked. A list that turns out to be broken, or has a member twice, is cut
+off, so that the client sees a broken one. Everything else is masked when it is all there, and so is an answer that
+could be something else than the list it looks like: where masks reach into a member `items`, or where the list says of
+which kind it is behind objects that do not say of which they are.
 
 Helm keeps its releases, with every value in them, in `Secret.data`: it does not work through a mask on those Secrets.
 
