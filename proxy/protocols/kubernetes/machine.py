@@ -30,8 +30,6 @@ import re
 from functools import lru_cache
 from typing import Final
 
-import h11
-
 from proxy.model import Decision, Ruling, Target, TlsMode
 from proxy.protocols.base import (
     Ask,
@@ -62,7 +60,7 @@ from proxy.protocols.base import (
 )
 from proxy.protocols.kubernetes import answers, http, streams
 from proxy.protocols.kubernetes.exchange import Exchange, Stage
-from proxy.protocols.kubernetes.http import Answer, Framing, HeadReader, Length, Malformed
+from proxy.protocols.kubernetes.http import Answer, AnswerReader, Framing, HeadReader, Length, Malformed
 from proxy.protocols.kubernetes.masks import Redactor, Unmaskable
 from proxy.protocols.kubernetes.preview import MAX_OBJECT, Inquiry, Question
 from proxy.protocols.kubernetes.requests import (
@@ -158,7 +156,7 @@ class KubernetesMachine:
         self._ids = 0
         self._served = False
         self._replies = HeadReader()
-        self._reader: h11.Connection | None = None
+        self._reader: AnswerReader | None = None
         """What the next answer of the server is read with; None when nothing was asked of it."""
         self._question: Question | None = None
         self._skipped = 0
@@ -447,7 +445,7 @@ class KubernetesMachine:
         if self._redactor is not None:
             exchange.plan = self._redactor.plan(facts)
         if refused:
-            operation = dataclasses.replace(described.operation, unclassified=why)
+            operation = dataclasses.replace(described.operation, unclassified=why, once=True)
             described = Described(operation, b"", "")
         # what could not be classified is denied by every judge; here it could not even be written
         exchange.refused = refused or (403 if described.operation.unclassified else 0)
@@ -550,7 +548,7 @@ class KubernetesMachine:
         return out
 
     def _put(self, method: str, target: str, headers: http.Headers) -> bytes:
-        self._reader = http.answer_reader(method, upgrade=any(name == b"upgrade" for name, _ in headers))
+        self._reader = AnswerReader(method, upgrade=any(name == b"upgrade" for name, _ in headers))
         self._interim = 0
         return http.write_request(method, target, headers)
 
@@ -657,8 +655,7 @@ class KubernetesMachine:
 
     def _begin_answer(self, exchange: Exchange, raw: bytes) -> list[Command]:
         assert self._reader is not None
-        method = exchange.method if self._question is None else self._question.method
-        answer = http.read_answer(self._reader, raw, method)
+        answer = self._reader.read(raw)
         if answer.status == 101:
             return self._switch(exchange, answer)
         if answer.status < 200:

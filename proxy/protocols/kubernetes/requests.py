@@ -98,9 +98,9 @@ class Body(enum.Enum):
     STREAMED = "streamed"
 
 
-class Request(msgspec.Struct, frozen=True):
-    """What a head says. `target` is what to send to the server; `impersonated` are the identities that it asks to act
-    as; `unclassified` says why it could not be told, empty when it could."""
+class Request(msgspec.Struct, frozen=True, eq=False):
+    """What a head says; the same object while the head is known. `target` is what to send to the server; `impersonated`
+    are the identities that it asks to act as; `unclassified` says why it could not be told, empty when it could."""
 
     facts: RequestFacts
     impersonated: tuple[RequestFacts, ...]
@@ -337,6 +337,8 @@ def _impersonated(head: Head) -> tuple[RequestFacts, ...]:
 def describe(request: Request, head: Head, body: bytes) -> Described:
     """The operation of a request whose body, if it is a judged one, is all there. Never raises for what a client
     sent."""
+    if request.body is not Body.JUDGED and not request.unclassified:
+        return Described(_bodiless(request), body, "")
     facts, unclassified = request.facts, request.unclassified
     content_type = (head.values("content-type") or ("",))[0]
     sent = body
@@ -350,6 +352,24 @@ def describe(request: Request, head: Head, body: bytes) -> Described:
     elif request.body is Body.JUDGED and facts.verb in ("create", "update", "patch") and not unclassified:
         unclassified = f"there is no body to {facts.verb} with"
     return Described(_operation(facts, request, unclassified), sent, content_type)
+
+
+def _bodiless(request: Request) -> Operation:
+    """From the second time on the same operation, which then is ruled on and encoded once. Nothing is kept of what is
+    asked once."""
+    kept = _asked(request)
+    if not kept:
+        kept.append(None)
+        return _operation(request.facts, request, "")
+    if (again := kept[0]) is None:
+        kept[0] = again = _operation(request.facts, request, "", once=False)
+    return again
+
+
+@lru_cache(maxsize=KNOWN)
+def _asked(request: Request) -> list[Operation | None]:
+    """Room for the operation of a request that was asked before."""
+    return []
 
 
 def _decode(facts: RequestFacts, content_type: str, head: Head, body: bytes) -> tuple[object, str, str]:
@@ -434,7 +454,7 @@ def _with_body(facts: RequestFacts, value: object, patch: str) -> RequestFacts:
 # --- for people -------------------------------------------------------------------------------------------------------
 
 
-def _operation(facts: RequestFacts, request: Request, unclassified: str) -> Operation:
+def _operation(facts: RequestFacts, request: Request, unclassified: str, *, once: bool = True) -> Operation:
     text = tell(facts)
     acting = " and ".join(f"{each.resource} {each.name}" for each in request.impersonated)
     if acting:
@@ -453,7 +473,7 @@ def _operation(facts: RequestFacts, request: Request, unclassified: str) -> Oper
         recorded_text=recorded,
         statements=(),
         unclassified=unclassified,
-        once=True,
+        once=once,
         requests=(facts, *request.impersonated),
     )
 

@@ -352,6 +352,43 @@ def test_the_quick_look_at_a_head_sees_what_the_slow_one_sees(pieces: list[bytes
     assert http._plain(head) is (http._UNREADABLE.search(head) is None)
 
 
+HEADS = st.lists(
+    st.tuples(
+        st.sampled_from(["Content-Length", "content-length", "Transfer-Encoding", "Connection", "Upgrade", "X-a"]),
+        st.sampled_from([": ", ":", ":  ", " : ", ":\t"]) | st.just(": "),
+        st.sampled_from(["5", "05", "5, 5", "+5", "", "chunked", "Chunked", "close", "x", "a b", "a  b", "a ", "\xe4"]),
+    ),
+    max_size=5,
+)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(
+    line=st.sampled_from(["200 OK", "200 ", "200", "204 No Content", "304 x  y", "404 \xe4", "101 x", "100 x", "99 x"]),
+    version=st.sampled_from(["1.1", "1.1", "1.0", "2.0"]),
+    headers=HEADS,
+    method=st.sampled_from(["GET", "HEAD"]),
+)
+def test_the_quick_reader_of_answers_sees_what_h11_sees(
+    line: str, version: str, headers: list[tuple[str, str, str]], method: str
+) -> None:
+    raw = "\r\n".join([f"HTTP/{version} {line}", *map("".join, headers), "", ""]).encode("latin-1")
+    quick = http._plain_answer(raw)
+    if quick is not None:
+        status, reason, last, pairs = http.AnswerReader(method)._by_h11(raw)
+        assert (status, reason, last) == quick[:3]
+        assert [(name.lower(), value.lower()) for name, value in pairs] == [
+            (name.lower(), value.lower()) for name, value in quick[3]
+        ]
+        assert all(pair in pairs for pair in quick[3])
+        http.AnswerReader(method).read(raw)
+
+
+def test_what_an_api_server_writes_is_read_quickly() -> None:
+    for framing in ("Content-Length: 2", "Transfer-Encoding: chunked"):
+        assert http._plain_answer(response(b"{}", "200 OK", framing, "Audit-Id: a-b", length=False).removesuffix(b"{}"))
+
+
 @pytest.mark.parametrize("value", [b"a\r\nb: c", b"a\nb", b"a\rb", b"a\0", b"a\r\n b", b"a\r\n\r\n"])
 def test_no_head_is_written_that_would_be_read_as_more(value: bytes) -> None:
     for headers in ([(b"x", value)], [(value, b"x")]):

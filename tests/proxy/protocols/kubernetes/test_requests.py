@@ -292,6 +292,17 @@ def test_what_is_recorded_holds_no_secret() -> None:
     assert request.facts.command == ("psql", "postgres://u:MARK@h/d", "--password=MARK")
 
 
+def test_what_is_asked_again_is_one_operation_and_of_what_is_asked_once_nothing_is_kept() -> None:
+    head = Head("GET", "/api/v1/namespaces/shop/pods/asked-again", ())
+    first, second, third = (describe(classify(head), head, b"").operation for _ in range(3))
+    assert first.once and first is not second
+    assert second is third and not second.once and second.requests == first.requests
+    other = Head("GET", "/api/v1/namespaces/shop/pods/asked-again", (("impersonate-user", "ada"),))
+    assert describe(classify(other), other, b"").operation.requests != first.requests
+    gone = Head("DELETE", "/api/v1/namespaces/shop/pods/asked-again", ())
+    assert all(describe(classify(gone), gone, body).operation.once for body in (b"", b"", b"{}", b"{}"))
+
+
 def test_a_patch_of_a_whole_secret_is_recorded_without_its_values() -> None:
     head = Head("PATCH", "/api/v1/namespaces/shop/secrets/db", (("content-type", "application/json-patch+json"),))
     for path in ("", "/", "/data", "/stringData/user"):
