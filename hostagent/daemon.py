@@ -259,6 +259,7 @@ class Daemon:
             "open_sessions": self.service.open_sessions,
             "kernel": self.pins.counters(),
             "overflowed": self.pins.overflowed(),
+            "maps": {name: f"{used}/{size}" for name, (used, size) in self.pins.used().items()},
             "up_s": round(time.time() - self.started_s),
             **self._adoption.report(self._scope()),
             **self.watch.report(),
@@ -470,6 +471,7 @@ def _kernel_settings(settings: Settings) -> kernel.Settings:
         pin_dir=settings.pin_dir,
         listen_port=settings.listen_port,
         worker_cgroup=_worker_cgroup(settings),
+        sizes=kernel.MapSizes.of(settings.maps),
         run_dir=settings.run_dir,
     )
 

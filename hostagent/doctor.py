@@ -203,6 +203,7 @@ def _kernel_settings(settings: Settings) -> kernel.Settings:
         pin_dir=settings.pin_dir,
         listen_port=settings.listen_port,
         worker_cgroup=settings.worker_cgroup or cgroup,
+        sizes=kernel.MapSizes.of(settings.maps),
         run_dir=settings.run_dir,
     )
 

@@ -17,6 +17,12 @@ from hostagent.errors import OperatorError
 
 DEFAULT_PATH = Path("/etc/hopgate/hopgate.yaml")
 _MAX_BYTES = 64 * 1024
+_ENTRIES_MAX = 1 << 24
+_MAPS = (
+    *("procs", "nodes", "graveyard", "connects", "scope", "exempt", "passing", "declared", "event_bytes"),
+    *("agent_files", "spared", "unwatched"),
+)
+"""Of `hostagent/kernel/settings.py`, which would have to load a lot to be asked."""
 _LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -30,6 +36,8 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     `$CREDENTIALS_DIRECTORY` where the service manager set it, else `/etc/hopgate/credentials`.
 
     `adopt` says what becomes of connections that are older than the redirect: `leave`, or `reset` once.
+
+    `maps` are sizes of the kernel's maps, as `map_NAME` in the file, where they are not the default ones.
 
     `listen_port` is below 1024: the redirect leads there also while nobody listens, and no user may then take it. It is
     below 512 because others take privileged ports above for clients of theirs (bindresvport(3))."""
@@ -47,6 +55,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True):
     offer_tls: bool = True
     adopt: str = "leave"
     log_level: str = "info"
+    maps: dict[str, int] = {}
 
     @property
     def store_path(self) -> Path:
@@ -82,7 +91,9 @@ def load(path: Path) -> Settings:
         return Settings()
     if not isinstance(document, yaml.MappingNode):
         raise SettingsError(f"{path}:{document.start_mark.line + 1}: settings have to be a mapping of keys to values")
-    return Settings(**_values(path, document))
+    values = _values(path, document)
+    maps = {name: values.pop(f"map_{name}") for name in _MAPS if f"map_{name}" in values}
+    return Settings(**values, maps=maps)
 
 
 def _values(path: Path, document: yaml.MappingNode) -> dict[str, Any]:
@@ -167,4 +178,5 @@ _PARSERS: dict[str, Callable[[object], object]] = {
     "offer_tls": _switch,
     "adopt": _adopt,
     "log_level": _level,
+    **{f"map_{name}": _whole(1, _ENTRIES_MAX) for name in _MAPS},
 }

@@ -10,7 +10,20 @@ import sys
 
 import typer
 
-from hostagent.cli import approvals, audit, cleanup, doctor, kubeconfig, policy, reload, replay, run, sessions, status
+from hostagent.cli import (
+    approvals,
+    audit,
+    cleanup,
+    doctor,
+    kubeconfig,
+    metrics,
+    policy,
+    reload,
+    replay,
+    run,
+    sessions,
+    status,
+)
 from hostagent.cli import exec as declared
 from hostagent.errors import OperatorError
 
@@ -27,6 +40,7 @@ app.command("exec", context_settings={"allow_interspersed_args": False})(declare
 app.command("cleanup")(cleanup.cleanup)
 app.command("reload")(reload.reload)
 app.command("status")(status.status)
+app.command("metrics")(metrics.metrics)
 app.command("doctor")(doctor.doctor)
 app.command("kubeconfig")(kubeconfig.kubeconfig)
 app.command("sessions")(sessions.sessions)

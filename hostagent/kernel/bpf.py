@@ -28,6 +28,7 @@ _OBJ_GET_INFO_BY_FD = 15
 _RAW_TRACEPOINT_OPEN = 17
 _LINK_CREATE = 28
 _ITER_CREATE = 33
+_MAP_LOOKUP_BATCH = 24
 
 SOCKET_FILTER = 1
 CGROUP_SKB = 8
@@ -42,6 +43,8 @@ TRACE_ITER = 28
 
 ANY = 0
 NOEXIST = 1
+_BATCH = 4096
+"""More than there ever are in one bucket."""
 
 _ATTR_BYTES = 144
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -49,10 +52,14 @@ _libc.syscall.restype = ctypes.c_long
 
 
 def _bpf(command: int, form: str, *fields: int, what: str) -> int:
+    return _answered(command, ctypes.create_string_buffer(struct.pack(form, *fields), _ATTR_BYTES), what)
+
+
+def _answered(command: int, attr: ctypes.Array[ctypes.c_char], what: str) -> int:
+    """The same with the arguments in a buffer, into which the kernel may write. Raises `OSError`."""
     number = _SYSCALL.get(platform.machine())
     if number is None:
         raise OSError(errno.ENOSYS, f"bpf(2) is not known on `{platform.machine()}`")
-    attr = ctypes.create_string_buffer(struct.pack(form, *fields), _ATTR_BYTES)
     result: int = _libc.syscall(
         ctypes.c_long(number), ctypes.c_int(command), ctypes.byref(attr), ctypes.c_uint(_ATTR_BYTES)
     )
@@ -122,6 +129,26 @@ class Map:
                 return
             key = following.raw
             yield key
+
+    def count(self) -> int:
+        """How many entries a hash map has, of which none is missed or counted twice that is there all the time."""
+        keys = ctypes.create_string_buffer(self._key_bytes * _BATCH)
+        values = ctypes.create_string_buffer(self._value_bytes * _BATCH)
+        place = ctypes.create_string_buffer(max(self._key_bytes, 8))
+        addresses = [ctypes.addressof(buffer) for buffer in (place, keys, values)]
+        found, begin, more = 0, 0, True
+        while more:
+            attr = ctypes.create_string_buffer(
+                struct.pack("=QQQQIIQQ", begin, *addresses, _BATCH, self.fd, 0, 0), _ATTR_BYTES
+            )
+            try:
+                _answered(_MAP_LOOKUP_BATCH, attr, "map batch")
+            except FileNotFoundError:
+                more = False
+            counted: int = struct.unpack_from("=I", attr, 32)[0]
+            found += counted
+            begin = addresses[0]
+        return found
 
     def close(self) -> None:
         os.close(self.fd)

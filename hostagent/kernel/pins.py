@@ -398,6 +398,17 @@ class Pins:
         found["missed"] = sum(bpf.recursion_misses(program) for program in self._programs)
         return found
 
+    def used(self) -> dict[str, tuple[int, int]]:
+        """How many entries each map has, and how many it can have. Takes some 10 ms where there are many."""
+        return {
+            name: (
+                len(list(self._maps[name].keys())) if name == "scope" else self._maps[name].count(),
+                bpf.map_entries(self._maps[name].fd),
+            )
+            for name in abi.MAPS
+            if name not in ("settings", "counters")
+        }
+
     def overflowed(self) -> bool:
         """Whether any process or connection lost its label since the programs were loaded. Those are denied; an alert
         is due. A missed event is worse, since a missed execve leaves a process with the label of what it ran before."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import msgspec
 
@@ -12,6 +14,8 @@ from hostagent.errors import OperatorError
 from proxy.model import Endpoint, Prefix
 
 DEFAULT_MARK = 0x0F0E
+_CONNECTS_LEAST = 8
+"""An eighth of them is for users' network namespaces."""
 
 
 class KernelError(OperatorError):
@@ -47,6 +51,16 @@ class MapSizes:
             raise ValueError("event_bytes has to be a power of two, and whole pages")
         if self.graveyard >= self.nodes:
             raise ValueError("graveyard has to be smaller than nodes")
+        if self.connects < _CONNECTS_LEAST:
+            raise ValueError(f"connects has to be {_CONNECTS_LEAST} at least")
+
+    @classmethod
+    def of(cls, entries: Mapping[str, int]) -> Self:
+        """The sizes of the settings file. Raises `KernelError`."""
+        try:
+            return cls(**entries)
+        except ValueError as error:
+            raise KernelError(f"sizes of maps in the settings: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
+from hostagent.kernel import KernelError, MapSizes
 from hostagent.settings import Settings, SettingsError, load
 
 
@@ -24,7 +26,7 @@ def test_every_key_is_read(tmp_path: Path) -> None:
     path.write_text(
         "cgroup: /sys/fs/cgroup/jobs\nworker_cgroup: auto\nworker_user: gate\nworkers: 2\nlisten_port: 1234\n"
         "policy_dir: /p\nstate_dir: /s\nrun_dir: /r\npin_dir: /b\ncredentials_dir: /c\noffer_tls: false\n"
-        "log_level: debug\n"
+        "log_level: debug\nmap_procs: 1000\nmap_event_bytes: 8192\n"
     )
     assert load(path) == Settings(
         cgroup=Path("/sys/fs/cgroup/jobs"),
@@ -39,7 +41,18 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         credentials_dir=Path("/c"),
         offer_tls=False,
         log_level="debug",
+        maps={"procs": 1000, "event_bytes": 8192},
     )
+
+
+def test_every_map_has_its_size_in_the_settings(tmp_path: Path) -> None:
+    path = tmp_path / "hopgate.yaml"
+    sizes = dataclasses.asdict(MapSizes())
+    path.write_text("".join(f"map_{name}: {size}\n" for name, size in sizes.items()))
+    assert MapSizes.of(load(path).maps) == MapSizes()
+    path.write_text("map_nodes: 10\nmap_graveyard: 10\n")
+    with pytest.raises(KernelError, match="graveyard has to be smaller than nodes"):
+        MapSizes.of(load(path).maps)
 
 
 @pytest.mark.parametrize(
@@ -51,6 +64,8 @@ def test_every_key_is_read(tmp_path: Path) -> None:
         ("workers: true\n", 1, "expected a whole number"),
         ("workers: 1.5\n", 1, "expected a whole number"),
         ("listen_port: 70000\n", 1, "from 1 to 65535"),
+        ("map_procs: 0\n", 1, "from 1 to 16777216"),
+        ("map_proc: 1\n", 1, "unknown key `map_proc`"),
         ("state_dir: var/lib\n", 1, "expected an absolute path"),
         ("cgroup: jobs\n", 1, "expected `auto` or an absolute path"),
         ("cgroup:\n", 1, "expected `auto` or an absolute path"),
