@@ -10,6 +10,7 @@
 #include <arpa/inet.h>
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/bpf.h>
 #include <linux/if_packet.h>
 #include <linux/io_uring.h>
 #include <linux/vm_sockets.h>
@@ -219,6 +220,29 @@ static int fast_open_connect(void)
 	return dial(fd);
 }
 
+static int fast_open_mptcp(void)
+{
+	char message[512];
+	size_t size = startup(message);
+	int fd = tcp(IPPROTO_MPTCP);
+	ssize_t sent = sendto(fd, message, size, MSG_FASTOPEN | MSG_NOSIGNAL, (void *)&dest, dest_size);
+
+	return sent < 0 ? failed("sendto") : speak_after(fd, sent);
+}
+
+/* Connects to port `rest[0]` first, lets go, and connects the same socket to the database. */
+static int again(void)
+{
+	struct sockaddr nobody = {.sa_family = AF_UNSPEC};
+	int fd = tcp(0);
+
+	aim(address, rest[0]);
+	if (connect(fd, (void *)&dest, dest_size) || connect(fd, &nobody, sizeof(nobody)))
+		return failed("connect");
+	aim(address, port);
+	return dial(fd);
+}
+
 /* Sends the start-up message byte by byte, each in a segment of its own. */
 static int trickle(void)
 {
@@ -376,6 +400,38 @@ static int bound(int number)
 			return -1;
 	}
 	return fd;
+}
+
+/* From the address `rest[0]`, which is another host's, by IP_FREEBIND or `rest[1]` `transparent`. */
+static int foreign(void)
+{
+	int level = dest.ss_family == AF_INET ? SOL_IP : SOL_IPV6, on = 1;
+	int option = level == SOL_IP ? (rests > 1 ? IP_TRANSPARENT : IP_FREEBIND) :
+				       (rests > 1 ? IPV6_TRANSPARENT : IPV6_FREEBIND);
+	struct sockaddr_storage to = dest;
+	int fd = tcp(0);
+
+	if (setsockopt(fd, level, option, &on, sizeof(on)))
+		return failed("a foreign address");
+	aim(rest[0], "0");
+	if (bind(fd, (void *)&dest, dest_size))
+		return failed("bind");
+	dest = to;
+	return dial(fd);
+}
+
+/* Headers of destination options, with a flow label, before that of TCP. */
+static int extended(void)
+{
+	uint8_t options[8] = {0, 0, 1, 4};
+	int fd = tcp(0), on = 1;
+	struct sockaddr_in6 *six = (void *)&dest;
+
+	if (setsockopt(fd, SOL_IPV6, IPV6_DSTOPTS, options, sizeof(options)))
+		return failed("IPV6_DSTOPTS");
+	setsockopt(fd, SOL_IPV6, IPV6_AUTOFLOWLABEL, &on, sizeof(on));
+	six->sin6_flowinfo = 0;
+	return dial(fd);
 }
 
 static int source_port(void)
@@ -691,12 +747,14 @@ static int unix_socket(const char *path, int serve)
 	return connect(fd, (void *)&at, sizeof(at)) ? -1 : fd;
 }
 
-/* Connects (argument `connected`) or does not, and hands the socket to whoever comes. */
+/* Connects (`connected`), says so and leaves the SYN to the first write (`deferred`), or does not; hands the socket over. */
 static int give(void)
 {
-	int fd = tcp(0);
+	int fd = tcp(0), deferred = !strcmp(rest[1], "deferred");
 
-	if (!strcmp(rest[1], "connected") && connect(fd, (void *)&dest, dest_size))
+	if (deferred && setsockopt(fd, IPPROTO_TCP, TCP_FASTOPEN_CONNECT, &deferred, sizeof(deferred)))
+		return failed("TCP_FASTOPEN_CONNECT");
+	if (strcmp(rest[1], "made") && connect(fd, (void *)&dest, dest_size))
 		return failed("connect");
 	int over = unix_socket(rest[0], 1);
 
@@ -711,7 +769,7 @@ static int take(void)
 
 	if (fd < 0)
 		return failed("no socket came");
-	if (!strcmp(rest[1], "connected"))
+	if (strcmp(rest[1], "made"))
 		return speak(fd);
 	return dial(fd);
 }
@@ -896,6 +954,29 @@ static int traced(void)
 }
 #endif
 
+/* Writes into the pinned maps, below `rest[0]`, that its own image is the proxy's. That takes no CAP_BPF. */
+static int pinned(void)
+{
+	char path[256];
+	uint64_t node;
+	uint32_t pid = getpid(), one = 1;
+	union bpf_attr get = {.pathname = (uintptr_t)path};
+
+	sprintf(path, "%s/procs", rest[0]);
+	union bpf_attr look = {.map_fd = syscall(__NR_bpf, BPF_OBJ_GET, &get, sizeof(get)), .key = (uintptr_t)&pid,
+			       .value = (uintptr_t)&node};
+
+	if (syscall(__NR_bpf, BPF_MAP_LOOKUP_ELEM, &look, sizeof(look)))
+		return failed("procs");
+	sprintf(path, "%s/exempt", rest[0]);
+	union bpf_attr put = {.map_fd = syscall(__NR_bpf, BPF_OBJ_GET, &get, sizeof(get)), .key = (uintptr_t)&node,
+			      .value = (uintptr_t)&one};
+
+	if (syscall(__NR_bpf, BPF_MAP_UPDATE_ELEM, &put, sizeof(put)))
+		return failed("exempt");
+	return plain();
+}
+
 /* --- namespaces and tables ---------------------------------------------------------------------------------------- */
 
 static int lift_loopback(void)
@@ -974,6 +1055,7 @@ static const struct {
 	WAY(fork_between), WAY(clone_parent), WAY(orphan), WAY(run_as), WAY(from_memory), WAY(named), WAY(deep),
 	WAY(sleeper), WAY(new_namespace), WAY(flood), WAY(squat),
 	WAY(trickle), WAY(many), WAY(mark_later),
+	WAY(fast_open_mptcp), WAY(again), WAY(foreign), WAY(extended), WAY(pinned),
 #ifdef __x86_64__
 	WAY(traced),
 #endif

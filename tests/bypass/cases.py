@@ -164,6 +164,12 @@ way("io_uring connect: inline", "user", DENIED, "uring")
 way("io_uring connect: worker thread", "user", DENIED, "uring_async")
 way("io_uring connect: SQPOLL", "user", DENIED, "uring_sqpoll")
 way("MPTCP", "user", DENIED, "mptcp")
+way("MPTCP, fast open: sendto", "user", DENIED, "fast_open_mptcp")
+way("socket that was connected elsewhere before", "user", DENIED, "again", SINK_PORT)
+way("source address of another host, IPv4", "user", CLOSED, "foreign", UPLINK[0])
+way("source address of another host, IPv6", "user", CLOSED, "foreign", "2001:db8::77", address=DATABASE[1])
+way("source address of another host, IP_TRANSPARENT", "root", CLOSED, "foreign", UPLINK[0], "transparent")
+way("IPv6 extension headers", "root", DENIED, "extended", address=DATABASE[1])
 way("SMC", "user", CLOSED, "smc", because="this kernel has none; elsewhere its TCP socket is the caller's")
 way("UDP, IPv4", "user", CLOSED, "udp")
 way("UDP, IPv6", "user", CLOSED, "udp", address=DATABASE[1])
@@ -375,6 +381,11 @@ def handed(bed: Bed, state: str) -> Seen:
 @case("SCM_RIGHTS: a socket not yet connected", "user", DENIED, "who connects is asked, not who made the socket")
 def _(bed: Bed) -> Seen:
     return handed(bed, "made")
+
+
+@case("SCM_RIGHTS: a socket whose SYN waits for data", "user", DENIED, "who writes first sends it, and is asked")
+def _(bed: Bed) -> Seen:
+    return handed(bed, "deferred")
 
 
 @case(
@@ -800,6 +811,27 @@ def _(bed: Bed) -> Seen:
     said = bed.run(command(bed, "user", "plain"))
     time.sleep(1.5)
     return bed.end(said)
+
+
+@case(
+    "writing into the pinned maps",
+    "root",
+    f"{REACHED}, alerted",
+    "pins are root's files, and to open them takes no CAP_BPF: agents that are root must not see the host's files",
+)
+def _(bed: Bed) -> Seen:
+    bed.begin()
+    said = bed.run(command(bed, "root", "pinned", bed.gateway.pin_dir), group="workers")
+    until(lambda: bool(bed.alerts()), "the alert")
+    return bed.end(said)
+
+
+@case("writing into the pinned maps", "user", DENIED)
+def _(bed: Bed) -> Seen:
+    said = attack(bed, "user", "pinned", bed.gateway.pin_dir).said
+    seen = attack(bed, "user", "plain")
+    seen.said = said + seen.said
+    return seen
 
 
 @case(
