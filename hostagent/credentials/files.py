@@ -16,6 +16,9 @@ Under systemd's `LoadCredential=credential:DIRECTORY` (systemd.exec(5)) the file
 read by the service manager at start: a changed credential then takes a restart. Elsewhere it counts at once, and so
 does whatever the file points to.
 
+The service account's token has the mode that the kubelet gives it, which is 0644 unless the pod names a user or a group
+(kubelet, `pkg/volume/projected`), and nobody in the pod can change it: others may read that one, but not write it.
+
 Blind spot: the mode and owner of the files are checked, not those of the directories above them.
 """
 
@@ -34,6 +37,7 @@ from hostagent.credentials.plugin import Plugin
 
 DEFAULT_DIRECTORY = Path("/etc/hopgate/credentials")
 IN_CLUSTER = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
+_OTHERS, _OTHERS_WRITE = 0o077, 0o022
 _SYSTEMD_PREFIX = "credential_"
 _MAX_BYTES = 64 * 1024
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
@@ -80,7 +84,7 @@ class CredentialFiles:
             case {"token_file": str(where), **rest} if not rest:
                 return Credential(password=_token(Path(where), _text(path, where)))
             case {"in_cluster": "true", **rest} if not rest:
-                return Credential(password=_token(IN_CLUSTER, _text(path, str(IN_CLUSTER))))
+                return Credential(password=_token(IN_CLUSTER, _text(path, str(IN_CLUSTER), _OTHERS_WRITE)))
             case {"client_certificate": str(chain), "client_key": str(key), **rest} if not rest:
                 return Credential(certificate=_pem(path, key, chain))
             case {"exec": dict(call), **rest} if not rest:
@@ -94,15 +98,18 @@ class CredentialFiles:
                 )
 
 
-def _content(path: Path, what: str, known: _Stamp | None = None) -> tuple[_Stamp, bytes | None]:
-    """The file's stamp and its content, or None when it is the one already known."""
+def _content(
+    path: Path, what: str, known: _Stamp | None = None, unwanted: int = _OTHERS
+) -> tuple[_Stamp, bytes | None]:
+    """The file's stamp and its content, or None when it is the one already known. Bits of `unwanted` may not be in its
+    mode."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise CredentialUnavailable(f"cannot read credential {what}: {error.strerror}") from error
     try:
         status = os.fstat(descriptor)
-        _check_private(path, status)
+        _check_private(path, status, unwanted)
         stamp = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
         if stamp == known:
             return stamp, None
@@ -116,21 +123,21 @@ def _content(path: Path, what: str, known: _Stamp | None = None) -> tuple[_Stamp
     return stamp, data
 
 
-def _check_private(path: Path, status: os.stat_result) -> None:
+def _check_private(path: Path, status: os.stat_result, unwanted: int) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise CredentialUnavailable(f"credential `{path}` is no regular file")
     if status.st_uid != 0:
         raise CredentialUnavailable(f"credential `{path}` belongs to uid `{status.st_uid}`: `chown root {path}`")
-    if status.st_mode & 0o077:
+    if status.st_mode & unwanted:
         mode = f"{stat.S_IMODE(status.st_mode):04o}"
         raise CredentialUnavailable(f"credential `{path}` has mode `{mode}`, others may use it: `chmod 600 {path}`")
 
 
-def _text(entry: Path, where: str) -> str:
+def _text(entry: Path, where: str, unwanted: int = _OTHERS) -> str:
     """The content of a file that a credential points to."""
     if not os.path.isabs(where):
         raise CredentialUnavailable(f"{entry}:1: `{where}` is not an absolute path")
-    _, data = _content(Path(where), f"file `{where}`, which `{entry}` names")
+    _, data = _content(Path(where), f"file `{where}`, which `{entry}` names", unwanted=unwanted)
     try:
         return (data or b"").decode("ascii")
     except UnicodeDecodeError:

@@ -195,6 +195,27 @@ def test_a_token_and_one_that_somebody_rotates(tmp_path: Path) -> None:
     assert "/var/run/secrets/kubernetes.io/serviceaccount/token" in refused(files, "pod")
 
 
+def test_the_service_accounts_token_is_as_the_kubelet_puts_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A link to a file that everybody in the pod can read, replaced as a whole when it is rotated."""
+    volume = tmp_path / "serviceaccount"
+    for number in (1, 2):
+        (volume / f"..{number}").mkdir(parents=True)
+        write(volume / f"..{number}", f"token-{number}", "token", mode=0o644)
+    (volume / "..data").symlink_to("..1")
+    (volume / "token").symlink_to("..data/token")
+    monkeypatch.setattr("hostagent.credentials.files.IN_CLUSTER", volume / "token")
+    files = CredentialFiles(tmp_path)
+    write(tmp_path, "in_cluster: true\n", "pod")
+    assert files.read("pod") == Credential(password="token-1")
+    (volume / "..new").symlink_to("..2")
+    (volume / "..new").rename(volume / "..data")
+    assert files.read("pod") == Credential(password="token-2")
+    write(volume / "..2", "token-2", "token", mode=0o640)
+    assert files.read("pod") == Credential(password="token-2")
+    write(volume / "..2", "token-2", "token", mode=0o664)
+    assert "mode `0664`" in refused(files, "pod")
+
+
 def test_a_client_certificate(tmp_path: Path) -> None:
     key, chain = pem()
     write(tmp_path, key, "client.key")
