@@ -38,8 +38,10 @@ rules:
     agents: job
     targets: cluster
     verbs: "*"
-    resources: ["*", "*/*", pods/exec, pods/attach, pods/portforward, pods/eviction, serviceaccounts/token]
+    resources: ["*", "*/*", pods/exec, pods/attach, pods/portforward, pods/eviction, pods/ephemeralcontainers]
     decision: allow
+  - {name: job-speaks, agents: job, targets: cluster, verbs: impersonate, resources: [users, groups], decision: allow}
+  - {name: job-signs, agents: job, targets: cluster, verbs: create, resources: serviceaccounts/token, decision: allow}
   - {name: job-asks, agents: job, targets: cluster, verbs: "*", paths: "*", decision: allow}
 """
 
@@ -75,6 +77,7 @@ def clients() -> Iterator[Client]:
     yield Client("helm", f"{programs}/helm", OPERATIONS["helm"])
     python = f"{sys.executable} -I {LAB}"
     yield Client("Python kubernetes", f"{python}/crud.py", OPERATIONS["crud"])
+    yield Client("Python kubernetes", f"{python}/dynamic.py", OPERATIONS["own"])
     for library in ("kubernetes", "kr8s", "lightkube"):
         # lightkube cannot execute
         operations = {k: v for k, v in OPERATIONS["library"].items() if (library, k) != ("lightkube", "exec")}
@@ -85,6 +88,8 @@ def clients() -> Iterator[Client]:
 
 
 _SAME = (
+    # old kubectls show them, in an order that depends on whether a second has passed between two changes
+    (r"^( *)managedFields:\n(?:\1[ -].*\n)*", ""),
     (r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}", "UID"),
     (r"\d{4}-\d\d-\d\d[T ]\d\d:\d\d:\d\d(\.\d+)?( [+]\d{4}( UTC)?|Z|[+]\d\d:\d\d)?( m=[+.\d]+)?", "TIME"),
     (r"[EWI]\d{4} \d\d:\d\d:\d\d\.\d+ +\d+ (\w+\.go):\d+", r"LOG \1"),

@@ -1,9 +1,16 @@
-"""The kubectls that this machine has, and a copy of Debian's: each a program that people really use.
+"""The kubectls that this machine has: each a program that people really use. They are looked for
+
+- where `binaries` builds: one of the API server's own version, always there;
+- in its cache, as `debian-*/kubectl`: Debian's, which `unpack_debian_kubectl` puts there;
+- as `kubectl.1.*` in the folder of the Google Cloud SDK's Debian package;
+- as `kubectl` and `kubectl-1.*` in the folders of `$PATH`.
+
+Where there is none but the first, that one stands for all.
 
 A kubectl before 1.30 speaks SPDY for exec and attach, one before 1.31 for port-forward too; later ones begin with
 WebSocket. `KUBECTL_REMOTE_COMMAND_WEBSOCKETS=false` and `KUBECTL_PORT_FORWARD_WEBSOCKETS=false` bring SPDY back there.
 
-Blind spot: Debian's own kubectl is old (1.20) in Debian 12 only; the Google Cloud SDK's are there if the SDK is.
+Blind spot: Debian's own kubectl is old (1.20) in Debian 12 only.
 """
 
 from __future__ import annotations
@@ -57,9 +64,11 @@ def kubectls() -> tuple[Kubectl, ...]:
     to speak SPDY. Raises `LabError` when the current one cannot be built."""
     current = current_kubectl()
     found = {current.version: current}
+    folders = [Path(each).absolute() for each in os.get_exec_path()]
     for path, origin in [
         *((path, "debian") for path in sorted(cache_directory().glob("debian-*/kubectl"))),
         *((path, "sdk") for path in sorted(SDK.glob("kubectl.1.*"))),
+        *((path, "path") for folder in folders for path in [*sorted(folder.glob("kubectl-1.*")), folder / "kubectl"]),
     ]:
         version = _ask_version(path)
         if version is not None:
@@ -107,13 +116,19 @@ def unpack_debian_kubectl() -> None:
 
 
 def _ask_version(path: Path) -> tuple[int, int] | None:
+    """None for what does not run, and for the SDK's dispatcher, which runs another each time."""
+    if not os.access(path, os.X_OK):
+        return None
     done = subprocess.run(
         [path, "version", "--client", "--output=json"],
         capture_output=True,
         text=True,
         env={"PATH": os.environ["PATH"], "HOME": "/nonexistent"},
     )
-    return _parse(json.loads(done.stdout)["clientVersion"]["gitVersion"]) if done.returncode == 0 else None
+    if done.returncode != 0:
+        return None
+    version = json.loads(done.stdout)["clientVersion"]["gitVersion"]
+    return None if version.endswith("-dispatcher") else _parse(version)
 
 
 def _parse(version: str) -> tuple[int, int]:
