@@ -18,15 +18,15 @@ import asyncio
 import os
 import secrets
 import socket
-import ssl
 from collections import deque
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, Any, Final, assert_never, cast
+from typing import TYPE_CHECKING, Any, Final, assert_never
 
 import structlog
 
 from proxy import ports
-from proxy.gateway import tls, upstream
+from proxy.gateway import secured, tls, upstream
+from proxy.gateway.peer import Peer
 from proxy.model import Decision, Endpoint, Operation, Reason, Ruling, Target
 from proxy.protocols import base, registry
 from proxy.protocols.base import Side
@@ -38,20 +38,12 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-HIGH_WATER = 256 * 1024
-"""Bytes that wait for one peer before the other is no longer read."""
-OBSERVED_HIGH_WATER = 8 * 1024 * 1024
-"""The same for an operation whose bytes go through as they come. uvloop's TLS drops what it holds when a peer ends
-while it is not read, and a command's server ends with its output: so it is read on for longer."""
-READ_AT_ONCE = 192 * 1024
-"""Bytes that are taken in by one read, at most; what is made of them is then a little more, and still no block that
-malloc maps by itself (see `worker`)."""
 BACKLOG = 1024 * 1024
 """Client bytes taken in while an answer is awaited; up to here a disconnect is noticed at once."""
 LOGIN_TIMEOUT_S = 60.0
 """From accept to the end of the login, like the server's own `authentication_timeout`."""
 FLUSH_TIMEOUT_S = 10.0
-"""How long a closed session may take to deliver its last bytes."""
+"""How long a closed session may take to deliver any of its last bytes."""
 MESSAGE_TIMEOUT_S = 60.0
 """How long a client may take to end a message that it has begun."""
 CREDENTIAL_FRESH_S = 30.0
@@ -62,8 +54,6 @@ MAX_CERTIFICATE = 256 * 1024
 """Bytes of the gateway's TLS client certificate, key and chain."""
 FLUSH_DELAY_S = 0.01
 """How long the record of what an operation came to may wait for company."""
-_INBOX: Final = bytearray(READ_AT_ONCE)
-_INBOX_VIEW: Final = memoryview(_INBOX)
 # looked up once: members of an enum cost as much as a function call
 _CLIENT: Final = Side.CLIENT
 _HOLD: Final = Decision.HOLD
@@ -72,62 +62,6 @@ CANCELLED = "cancelled"
 """Outcome of a hold whose own client cancels it; the others are the host agent's (`ports.HoldDecided`)."""
 HINT_AUDIT = "nothing runs unrecorded: tell the operators of this runner (`hopgate status`)"
 HINT_TARGET = "tell the operators of this runner: the reason is in hopgate's log and in the session's recording"
-
-
-class Peer(asyncio.BufferedProtocol):
-    """One side's socket as the loop sees it. All read into one buffer, since each is done with it before the next: a
-    loop that makes `bytes` itself makes them as large as could come, and a quarter of a megabyte for each idle TLS
-    connection then lies where others have written."""
-
-    def __init__(self, session: Session, side: Side) -> None:
-        self.session = session
-        self.side = side
-        self.transport: asyncio.Transport | None = None
-        self.closed = False
-        self.dropped = False
-        """Nobody wants to hear of it any more."""
-        self._outbox: list[base.Buffer] = []
-
-    def send(self, data: base.Buffer) -> None:
-        """Leaves with the next `deliver`."""
-        self._outbox.append(data)
-
-    def deliver(self) -> None:
-        """What one event led to goes out in one write: a packet costs more than what is in it."""
-        outbox = self._outbox
-        if outbox:
-            data = outbox[0] if len(outbox) == 1 else b"".join(outbox)
-            outbox.clear()
-            if self.transport is not None and not self.closed:
-                self.transport.write(data)
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self.transport = cast(asyncio.Transport, transport)
-        self.transport.set_write_buffer_limits(high=HIGH_WATER)
-
-    def get_buffer(self, sizehint: int) -> bytearray:
-        return _INBOX
-
-    def buffer_updated(self, nbytes: int) -> None:
-        if not self.dropped:
-            self.session.received(self.side, bytes(_INBOX_VIEW[:nbytes]))
-
-    def eof_received(self) -> None:
-        if not self.dropped:
-            self.session.ended(self.side)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.closed = True
-        if not self.dropped:
-            self.session.lost(self.side)
-
-    def pause_writing(self) -> None:
-        if not self.dropped:
-            self.session.congested(self.side, True)
-
-    def resume_writing(self) -> None:
-        if not self.dropped:
-            self.session.congested(self.side, False)
 
 
 class Session:
@@ -159,15 +93,11 @@ class Session:
         self._preview: asyncio.Future[str] | None = None
         self._secret = ports.Secret(id=0, user="", password="")
         self._certificate = b""
-        self._observing = False
         self._secret_until = 0.0
         self._audit_lost = ""
         self._backlog = 0
         self._commands: deque[base.Command] = deque()
         self._carrying_out = False
-        self._paused: dict[Side, set[str]] = {Side.CLIENT: set(), Side.SERVER: set()}
-        self._early: list[bytes] = []
-        self._securing: Side | None = None
         self._flushing = False
         self._closing = False
         self._reason = ""
@@ -223,20 +153,11 @@ class Session:
     async def _admit(self, machine: base.Machine) -> None:
         """From now on the client is read: in plain, unless the machine begins with a TLS handshake."""
         self.machine = machine
-        self._carry_out(machine.begin())
-        if self._securing is not Side.CLIENT:
-            await self._read_client(None)
-
-    async def _read_client(self, context: ssl.SSLContext | None) -> None:
-        """Raises `OSError` when the handshake fails."""
-        if self._accepted is not None:
+        first = machine.begin()
+        self._carry_out(first)
+        if base.StartTls not in map(type, first) and self._accepted is not None:
             connection, self._accepted = self._accepted, None
-            await asyncio.get_running_loop().connect_accepted_socket(
-                lambda: self.client,
-                connection,
-                ssl=context,
-                ssl_handshake_timeout=upstream.HANDSHAKE_TIMEOUT_S if context else None,
-            )
+            await asyncio.get_running_loop().connect_accepted_socket(lambda: self.client, connection)
 
     async def _refuse_unrecorded(self, why: ports.Unavailable) -> None:
         """Without a recording there is no session: what is left is to say so, over TLS where a target was dialled."""
@@ -269,11 +190,7 @@ class Session:
     def received(self, side: Side, data: bytes) -> None:
         """Bytes of one side; carries out what the machine makes of them."""
         machine = self.machine
-        if self._closing:
-            return
-        if machine is None or side is self._securing:
-            # the loop may have read before it heard of the pause
-            self._early.append(data)
+        if machine is None or self._closing:
             return
         try:
             self._carry_out(machine.receive(side, data))
@@ -286,10 +203,10 @@ class Session:
             if machine.unanswered:
                 self._backlog += len(data)
                 if self._backlog > BACKLOG:
-                    self._pause(Side.CLIENT, "backlog")
+                    self.client.pause("backlog")
         elif self._backlog and not machine.unanswered:
             self._backlog = 0
-            self._resume(Side.CLIENT, "backlog")
+            self.client.resume("backlog")
 
     def _watch_message(self, begun: bool) -> None:
         if self._unended is not None:
@@ -322,18 +239,20 @@ class Session:
                 return
             self._close(f"the {side.value} disconnected")
             if side is Side.CLIENT:
-                # over TLS an orderly end would first read all that the server still sends
+                # behind the last that goes to the server; nobody is left for what it still sends
                 asyncio.get_running_loop().call_soon(self._drop)
         if self.client.closed and (self.server is None or self.server.closed):
             self._finish()
 
-    def congested(self, side: Side, full: bool) -> None:
-        """The buffer towards `side` is full, or has room again: the other side is no longer read, or again."""
-        other = Side.SERVER if side is Side.CLIENT else Side.CLIENT
-        if full:
-            self._pause(other, "congestion")
+    def congested(self, side: Side) -> None:
+        """Whether `side` takes what is written has changed: the other is read accordingly."""
+        peer, other = (self.client, self.server) if side is _CLIENT else (self.server, self.client)
+        if peer is None or other is None:
+            return
+        if peer.congested:
+            other.pause("congestion")
         else:
-            self._resume(other, "congestion")
+            other.resume("congestion")
 
     def _violated(self, violation: base.PeerViolation) -> None:
         who, hint = f"the {violation.side.value}", ""
@@ -387,10 +306,7 @@ class Session:
             case base.Disconnect():
                 self._disconnect()
             case base.StartTls(side, alpn):
-                # the client's first bytes of TLS are not for us, and come as soon as it is told to go on
-                self._pause(side, "tls")
-                self._securing = side
-                self._start(self._secure_client(alpn) if side is Side.CLIENT else self._secure_server(alpn))
+                self._start_tls(side, alpn)
             case base.Authenticated():
                 self._logged_in()
             case base.Learned(derived):
@@ -416,9 +332,6 @@ class Session:
         """What goes through an operation is recorded first; what cannot be, goes nowhere."""
         if self.recording is None or self._closing:
             return
-        if not self._observing and self.client.transport is not None:
-            self._observing = True
-            self.client.transport.set_write_buffer_limits(high=OBSERVED_HIGH_WATER)
         try:
             self.recording.observed(seen.id, seen.channel, seen.data)
         except AuditUnavailable as error:
@@ -446,7 +359,7 @@ class Session:
             return
         if self._backlog and not machine.unanswered:
             self._backlog = 0
-            self._resume(Side.CLIENT, "backlog")
+            self.client.resume("backlog")
 
     def _notify(self, event: base.Event) -> None:
         if self.machine is None or self._closing:
@@ -656,6 +569,8 @@ class Session:
         assert self.target is not None
         self._reaching = True
         self.server = Peer(self, Side.SERVER)
+        if self.client.congested:
+            self.server.pause("congestion")
         try:
             await upstream.dial(self.target, self._dialled, self.server)
         except upstream.UpstreamError as error:
@@ -663,79 +578,57 @@ class Session:
             return
         self._notify(base.UpstreamReady())
 
-    async def _secure_server(self, alpn: tuple[str, ...]) -> None:
-        assert self.target is not None
-        assert self.server is not None
-        assert self.server.transport is not None
-        try:
-            self.server.transport, binding = await upstream.secure(
-                self.target, self._dialled, self.server.transport, self.server, alpn, self._certificate
-            )
-        except upstream.UpstreamError as error:
-            self._fail_upstream(error)
-            return
-        self.server.transport.set_write_buffer_limits(high=HIGH_WATER)
-        self._notify_secured(base.UpstreamReady(binding))
-
     def _disconnect(self) -> None:
         if self.server is not None:
             self.server.dropped = True
-            if self.server.transport is not None and not self.server.closed:
-                self.server.transport.abort()
+            self.server.abort()
             self.server = None
-        self._paused[Side.SERVER].clear()
-        self._resume(Side.CLIENT, "congestion")
+        self.client.resume("congestion")
 
     def _fail_upstream(self, error: upstream.UpstreamError) -> None:
-        self._securing = None
-        self.server = None
+        self._disconnect()
         self._note(str(error))
         self._notify(base.UpstreamFailed(str(error)))
+
+    def _start_tls(self, side: Side, alpn: tuple[str, ...]) -> None:
+        """What comes from now on is TLS, and what is inside waits until the machine knows that the handshake is
+        done."""
+        if side is _CLIENT:
+            self.client.pause("tls")
+            self._start(self._secure_client(alpn))
+        else:
+            assert self.server is not None
+            self.server.pause("tls")
+            self._start(self._secure_server(self.server, alpn))
+
+    async def _secure_server(self, server: Peer, alpn: tuple[str, ...]) -> None:
+        assert self.target is not None
+        assert server.transport is not None
+        raw, server.transport = server.transport, None
+        try:
+            binding = await upstream.secure(self.target, self._dialled, raw, server, alpn, self._certificate)
+        except upstream.UpstreamError as error:
+            self._fail_upstream(error)
+            return
+        self._notify(base.UpstreamReady(binding))
+        server.resume("tls")
 
     async def _secure_client(self, alpn: tuple[str, ...]) -> None:
         try:
             name = self.target.name if self.target is not None else self._dialled.address
             context = await self.worker.serving_context(self.id, name, self._dialled, alpn)
-            async with asyncio.timeout(upstream.HANDSHAKE_TIMEOUT_S):
-                secured = await self._shake_hands(context)
+            if self._accepted is None:
+                await self.client.secure(context)
+            else:
+                connection, self._accepted = self._accepted, None
+                await secured.accept(connection, self.client, context)
         except (OSError, ports.Unavailable) as error:
-            self._note(f"no TLS with the client: {tls.explain(error)}")
-            self._lose_client(f"no TLS with the client: {tls.explain(error)}")
+            why = f"no TLS with the client: {tls.explain(error)}"
+            self._note(why)
+            self._close(why)
             return
-        if secured is None:
-            self._lose_client("the client left during the TLS handshake")
-            return
-        self.client.transport = secured
-        secured.set_write_buffer_limits(high=HIGH_WATER)
-        self._notify_secured(base.ClientSecured())
-
-    async def _shake_hands(self, context: ssl.SSLContext) -> asyncio.Transport | None:
-        """The client's transport with TLS, or None when it has left. Raises `OSError`."""
-        if self.client.transport is None:
-            await self._read_client(context)
-            return self.client.transport
-        return await asyncio.get_running_loop().start_tls(self.client.transport, self.client, context, server_side=True)
-
-    def _lose_client(self, reason: str) -> None:
-        """After a handshake that failed nobody tells that the socket is gone."""
-        if self.client.transport is not None:
-            self.client.transport.abort()
-        self.client.closed = True
-        self._close(reason)
-
-    def _notify_secured(self, event: base.Event) -> None:
-        """What came in before the machine knew of the handshake's end is given to it afterwards."""
-        side, self._securing = self._securing, None
-        if side is not None:
-            self._paused[side].discard("tls")
-        self._notify(event)
-        if side is not None:
-            self._take_early(side)
-
-    def _take_early(self, side: Side) -> None:
-        early, self._early = self._early, []
-        for data in early:
-            self.received(side, data)
+        self._notify(base.ClientSecured())
+        self.client.resume("tls")
 
     # --- policy -------------------------------------------------------------------------------------------------------
 
@@ -786,18 +679,17 @@ class Session:
             self._task.cancel()
         if self._held is not None:
             self._withdraw(reason)
-        loop = asyncio.get_running_loop()
-        # not from inside a read of the same transport: uvloop's TLS reads on while it closes
-        loop.call_soon(self._close_transports)
-        loop.call_later(FLUSH_TIMEOUT_S, self._give_up)
+        # behind what is delivered when this event is dealt with
+        asyncio.get_running_loop().call_soon(self._close_peers)
         if self.client.closed and (self.server is None or self.server.closed):
             self._finish()
 
-    def _close_transports(self) -> None:
+    def _close_peers(self) -> None:
         self._forget_accepted()
         for peer in (self.client, self.server):
-            if peer is not None and peer.transport is not None and not peer.closed:
-                peer.transport.close()
+            if peer is not None:
+                peer.close()
+        asyncio.get_running_loop().call_later(FLUSH_TIMEOUT_S, self._give_up, self.client.unwritten())
 
     def _withdraw(self, reason: str) -> None:
         assert self._held is not None
@@ -822,11 +714,18 @@ class Session:
     def _drop(self) -> None:
         self._forget_accepted()
         for peer in (self.client, self.server):
-            if peer is not None and peer.transport is not None and not peer.closed:
-                peer.transport.abort()
+            if peer is not None:
+                peer.abort()
 
-    def _give_up(self) -> None:
-        """Whatever became of the sockets, the recording gets its end."""
+    def _give_up(self, unwritten: int) -> None:
+        """A client that still takes something of what was sent gets time for the rest. Whatever becomes of the sockets,
+        the recording gets its end."""
+        if self._finished:
+            return
+        left = self.client.unwritten()
+        if 0 < left < unwritten:
+            asyncio.get_running_loop().call_later(FLUSH_TIMEOUT_S, self._give_up, left)
+            return
         self._drop()
         self._finish()
 
@@ -856,23 +755,7 @@ class Session:
         )
         self.recording.close()
 
-    # --- reading, and the one task ------------------------------------------------------------------------------------
-
-    def _pause(self, side: Side, why: str) -> None:
-        reasons = self._paused[side]
-        peer = self.client if side is Side.CLIENT else self.server
-        if not reasons and peer is not None and peer.transport is not None and not peer.closed:
-            peer.transport.pause_reading()
-        reasons.add(why)
-
-    def _resume(self, side: Side, why: str) -> None:
-        reasons = self._paused[side]
-        if why not in reasons:
-            return
-        reasons.discard(why)
-        peer = self.client if side is Side.CLIENT else self.server
-        if not reasons and peer is not None and peer.transport is not None and not peer.closed:
-            peer.transport.resume_reading()
+    # --- the one task -------------------------------------------------------------------------------------------------
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         self._task = self.worker.spawn(self._guard(work))

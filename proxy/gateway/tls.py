@@ -20,7 +20,9 @@ def server_context(descriptor: int, alpn: tuple[str, ...] = ()) -> ssl.SSLContex
     the descriptor."""
     try:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.minimum_version = ssl.TLSVersion.TLSv1_2
+        _restrict(context)
+        # a client may come to another worker next, which cannot read the ticket of this one
+        context.num_tickets = 0
         context.load_cert_chain(f"/proc/self/fd/{descriptor}")
         if alpn:
             context.set_alpn_protocols(list(alpn))
@@ -35,7 +37,7 @@ def client_context(target: Target, alpn: tuple[str, ...] = (), certificate: byte
 
     Raises `ssl.SSLError` when `ca_pem` or `certificate` hold none."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    _restrict(context)
     if alpn:
         context.set_alpn_protocols(list(alpn))
     if certificate:
@@ -56,6 +58,12 @@ def client_context(target: Target, alpn: tuple[str, ...] = (), certificate: byte
     else:
         context.load_default_certs(ssl.Purpose.SERVER_AUTH)
     return context
+
+
+def _restrict(context: ssl.SSLContext) -> None:
+    """TLS 1.2 and 1.3, and one handshake for each connection."""
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
 
 
 def _load(context: ssl.SSLContext, certificate: bytes) -> None:

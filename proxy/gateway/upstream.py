@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import socket
-import ssl
 from functools import lru_cache
+from typing import cast
 
 import structlog
 
-from proxy.gateway import tls
+from proxy.gateway import secured, tls
 from proxy.model import Endpoint, Target
 from proxy.protocols import base
 
 log = structlog.get_logger()
 
 CONNECT_TIMEOUT_S = 10.0
-HANDSHAKE_TIMEOUT_S = 10.0
 VISIT_TIMEOUT_S = 5.0
 """How long a target may take in all to show that it is there."""
+CLOSE_TIMEOUT_S = 2.0
+"""How long it may take to end after an errand."""
+READ_AT_ONCE = 32 * 1024
+"""Bytes: an errand hears little."""
 
 
 class UpstreamError(Exception):
@@ -28,7 +31,7 @@ class UpstreamError(Exception):
 _context = lru_cache(maxsize=256)(tls.client_context)
 
 
-async def dial(target: Target, endpoint: Endpoint, protocol: asyncio.BaseProtocol) -> asyncio.Transport:
+async def dial(target: Target, endpoint: Endpoint, protocol: asyncio.BufferedProtocol) -> None:
     """Connects to the endpoint that the client dialled. Raises `UpstreamError`."""
     try:
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
@@ -38,34 +41,27 @@ async def dial(target: Target, endpoint: Endpoint, protocol: asyncio.BaseProtoco
     except OSError as error:
         raise UpstreamError(f"target `{target.name}` at {endpoint} is not reachable: {tls.explain(error)}") from error
     transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return transport
 
 
 async def secure(
     target: Target,
     endpoint: Endpoint,
-    transport: asyncio.Transport,
-    protocol: asyncio.BaseProtocol,
+    raw: asyncio.Transport,
+    protocol: asyncio.BufferedProtocol,
     alpn: tuple[str, ...] = (),
     certificate: bytes = b"",
-) -> tuple[asyncio.Transport, bytes]:
-    """Does the TLS handshake as a client, with `certificate` (PEM, key and chain) where there is one; returns the new
-    transport and the channel binding. Raises `UpstreamError`."""
+) -> bytes:
+    """Does the TLS handshake as a client, with `certificate` (PEM, key and chain) where there is one; the protocol gets
+    the new transport. Returns the channel binding. Raises `UpstreamError`."""
     try:
-        async with asyncio.timeout(HANDSHAKE_TIMEOUT_S):
-            secured = await asyncio.get_running_loop().start_tls(
-                transport,
-                protocol,
-                _context(target, alpn, certificate),
-                server_hostname=target.server_name or endpoint.address,
-            )
-    except (OSError, ssl.SSLError, ValueError) as error:
-        transport.abort()
+        context = _context(target, alpn, certificate)
+        transport = await secured.upgrade(raw, protocol, context, target.server_name or endpoint.address)
+    except (OSError, ValueError) as error:
+        if not isinstance(raw.get_protocol(), secured.Secured):
+            raw.abort()
         raise UpstreamError(f"target `{target.name}` at {endpoint}: {tls.explain(error)}") from error
-    if secured is None:
-        raise UpstreamError(f"target `{target.name}` at {endpoint} closed the connection during the TLS handshake")
-    certificate = secured.get_extra_info("ssl_object").getpeercert(binary_form=True)
-    return secured, tls.end_point_binding(certificate) if certificate else b""
+    shown = transport.peer_certificate
+    return tls.end_point_binding(shown) if shown else b""
 
 
 async def cancel(machine: base.Machine, target: Target, endpoint: Endpoint) -> None:
@@ -73,7 +69,7 @@ async def cancel(machine: base.Machine, target: Target, endpoint: Endpoint) -> N
     does when it has done it; what goes wrong is logged, the client cannot be told."""
     inbox = _Inbox()
     try:
-        async with asyncio.timeout(CONNECT_TIMEOUT_S + HANDSHAKE_TIMEOUT_S):
+        async with asyncio.timeout(CONNECT_TIMEOUT_S + secured.HANDSHAKE_TIMEOUT_S):
             await _errand(machine, target, endpoint, inbox)
             while inbox.transport is not None and await inbox.queue.get():
                 pass
@@ -89,7 +85,7 @@ async def visit(make: base.Visit | None, target: Target, endpoint: Endpoint) -> 
     try:
         async with asyncio.timeout(VISIT_TIMEOUT_S):
             if make is None:
-                inbox.transport = await dial(target, endpoint, inbox)
+                await dial(target, endpoint, inbox)
                 return "it takes connections; more cannot be told without a login"
             refusal = await _errand(make(target), target, endpoint, inbox)
     except TimeoutError as error:
@@ -100,7 +96,7 @@ async def visit(make: base.Visit | None, target: Target, endpoint: Endpoint) -> 
         inbox.close()
     if refusal:
         raise UpstreamError(f"target `{target.name}` at {endpoint}: {refusal}")
-    if inbox.transport is None or inbox.transport.get_extra_info("ssl_object") is None:
+    if not isinstance(inbox.transport, secured.Secured):
         return "it takes connections, without TLS"
     return f"it takes connections; its TLS is as `{target.tls_mode}` wants it"
 
@@ -114,10 +110,10 @@ async def _errand(machine: base.Machine, target: Target, endpoint: Endpoint, inb
             command = pending.pop(0)
             match command:
                 case base.Connect():
-                    inbox.transport = await dial(target, endpoint, inbox)
+                    await dial(target, endpoint, inbox)
                     pending.extend(machine.notify(base.UpstreamReady()))
                 case base.StartTls() if inbox.transport is not None:
-                    inbox.transport, binding = await secure(target, endpoint, inbox.transport, inbox)
+                    binding = await secure(target, endpoint, inbox.transport, inbox)
                     pending.extend(machine.notify(base.UpstreamReady(binding)))
                 case base.Send(data=data) if inbox.transport is not None:
                     inbox.transport.write(data)
@@ -129,15 +125,22 @@ async def _errand(machine: base.Machine, target: Target, endpoint: Endpoint, inb
         pending.extend(machine.receive(base.Side.SERVER, data) if data else machine.eof(base.Side.SERVER))
 
 
-class _Inbox(asyncio.Protocol):
+class _Inbox(asyncio.BufferedProtocol):
     """Bytes of the server, and empty bytes for its end."""
 
     def __init__(self) -> None:
         self.transport: asyncio.Transport | None = None
         self.queue: asyncio.Queue[bytes] = asyncio.Queue()
+        self._buffer = memoryview(bytearray(READ_AT_ONCE))
 
-    def data_received(self, data: bytes) -> None:
-        self.queue.put_nowait(data)
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast(asyncio.Transport, transport)
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self.queue.put_nowait(bytes(self._buffer[:nbytes]))
 
     def connection_lost(self, exc: Exception | None) -> None:
         self.queue.put_nowait(b"")
@@ -145,3 +148,4 @@ class _Inbox(asyncio.Protocol):
     def close(self) -> None:
         if self.transport is not None:
             self.transport.close()
+            asyncio.get_running_loop().call_later(CLOSE_TIMEOUT_S, self.transport.abort)

@@ -231,8 +231,7 @@ def _confine(parent: int, uid: int, gid: int) -> None:
         }
     if os.getuid() == 0 or os.geteuid() == 0 or any(held.values()):
         sys.exit("a worker must not be root and must hold no capability: start it through `hopgate run`")
-    # replies of 128 KiB and more would be mapped and unmapped one by one; the buffers of uvloop's TLS transports, of
-    # exactly this size, are to be: an idle connection never touches the rest of its own
+    # replies of 128 KiB and more would be mapped and unmapped one by one
     libc.mallopt(M_MMAP_THRESHOLD, 256 * 1024)
     libc.mallopt(M_TRIM_THRESHOLD, 128 * 1024 * 1024)
 
