@@ -38,6 +38,8 @@ MAX_PATCH = 10_000
 MAX_TARGET = 16 * 1024
 """Characters of a request target."""
 MAX_PARAMETERS = 512
+MAX_RECORDED_TARGET = 2048
+"""Characters of a proxied request's target that are recorded."""
 MAX_RECORDED_BODY = 4096
 """Characters of a body that are recorded."""
 
@@ -338,7 +340,7 @@ def describe(request: Request, head: Head, body: bytes) -> Described:
     """The operation of a request whose body, if it is a judged one, is all there. Never raises for what a client
     sent."""
     if request.body is not Body.JUDGED and not request.unclassified:
-        return Described(_bodiless(request), body, "")
+        return Described(_bodiless(request, head.method), body, "")
     facts, unclassified = request.facts, request.unclassified
     content_type = (head.values("content-type") or ("",))[0]
     sent = body
@@ -351,23 +353,23 @@ def describe(request: Request, head: Head, body: bytes) -> Described:
             unclassified, sent = str(unclear), b""
     elif request.body is Body.JUDGED and facts.verb in ("create", "update", "patch") and not unclassified:
         unclassified = f"there is no body to {facts.verb} with"
-    return Described(_operation(facts, request, unclassified), sent, content_type)
+    return Described(_operation(facts, request, head.method, unclassified), sent, content_type)
 
 
-def _bodiless(request: Request) -> Operation:
+def _bodiless(request: Request, method: str) -> Operation:
     """From the second time on the same operation, which then is ruled on and encoded once. Nothing is kept of what is
     asked once."""
-    kept = _asked(request)
+    kept = _asked(request, method)
     if not kept:
         kept.append(None)
-        return _operation(request.facts, request, "")
+        return _operation(request.facts, request, method, "")
     if (again := kept[0]) is None:
-        kept[0] = again = _operation(request.facts, request, "", once=False)
+        kept[0] = again = _operation(request.facts, request, method, "", once=False)
     return again
 
 
 @lru_cache(maxsize=KNOWN)
-def _asked(request: Request) -> list[Operation | None]:
+def _asked(request: Request, method: str) -> list[Operation | None]:
     """Room for the operation of a request that was asked before."""
     return []
 
@@ -454,14 +456,22 @@ def _with_body(facts: RequestFacts, value: object, patch: str) -> RequestFacts:
 # --- for people -------------------------------------------------------------------------------------------------------
 
 
-def _operation(facts: RequestFacts, request: Request, unclassified: str, *, once: bool = True) -> Operation:
+def _operation(
+    facts: RequestFacts, request: Request, method: str, unclassified: str, *, once: bool = True
+) -> Operation:
     text = tell(facts)
+    if facts.subresource == "proxy" and request.target:
+        # what a kubelet does for it, a command too, is in here alone
+        text += f": {method} {scrubbed_words([request.target])[:MAX_RECORDED_TARGET]}"
     acting = " and ".join(f"{each.resource} {each.name}" for each in request.impersonated)
     if acting:
         text += f" as {acting}"
     recorded = text
     if facts.command:
         recorded = recorded.replace(_in_a_line(facts.command), _in_a_line([scrubbed_words(facts.command)]))
+    if facts.subresource in STREAMING:
+        parameters = _parameters(request.target.partition("?")[2])
+        recorded += "".join(f" (in container {value})" for name, value in parameters if name == "container" and value)
     if facts.body is not None:
         shown = msgspec.json.encode(scrubbed(facts.resource, facts.body)).decode()
         recorded += f" {shown[:MAX_RECORDED_BODY]}" + (" …" if len(shown) > MAX_RECORDED_BODY else "")

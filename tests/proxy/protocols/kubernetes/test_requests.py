@@ -335,6 +335,25 @@ def test_what_a_server_quotes_is_not_recorded(resource: str, message: str, kept:
     assert scrubbed_message(resource, message) == kept
 
 
+@pytest.mark.parametrize(
+    ("method", "target", "told"),
+    [
+        ("POST", "/api/v1/nodes/n/proxy/run/s/p/c?cmd=id", "create nodes/n proxy: POST {}"),
+        ("GET", "/api/v1/namespaces/proxy/pods/p/proxy/", "create pods/p proxy in proxy: GET {}"),
+        (
+            "POST",
+            "/api/v1/namespaces/s/pods/p/exec?command=id&container=c",
+            "create pods/p exec in s: id (in container c)",
+        ),
+        ("POST", "/api/v1/namespaces/s/pods/p/attach?container=c", "create pods/p attach in s (in container c)"),
+        ("POST", "/api/v1/namespaces/s/pods/p/attach?container=", "create pods/p attach in s"),
+    ],
+)
+def test_what_is_run_is_recorded_with_where_it_is(method: str, target: str, told: str) -> None:
+    operation = describe(asked(method, target), Head(method, target, ()), b"").operation
+    assert operation.recorded_text == told.format(target)
+
+
 def test_a_command_of_several_lines_is_told_in_one() -> None:
     request = asked("POST", "/api/v1/namespaces/s/pods/p/exec?command=sh&command=-c&command=a%0A%09b%0D%0Ac")
     assert request.facts.command == ("sh", "-c", "a\n\tb\r\nc")
