@@ -270,7 +270,7 @@ class Daemon:
         self.watch.policy_taken()
         self.policy.reload()
         # whoever rules has the new policy even when the rules of netfilter cannot be brought in line with it
-        self._agents = self._attribution.agents = AgentMatcher(self.policy.resolved.agents)
+        self._agents = self._attribution.agents = AgentMatcher(self.policy.resolved.agents, self._agents)
         self._send_policy(list(self.workers.running.values()))
         self._notify_status()
         self._guard.apply(self._scope())
@@ -398,6 +398,7 @@ class Daemon:
             for name in self._names.due():
                 outcome = await asyncio.to_thread(self._names.ask, name)
                 moved |= self.policy.readdress(name, outcome, self.service.addresses_in_use)
+            self._agents.look()
             moved |= self._scope().agents != self.pins.agents_here
             if not moved:
                 continue

@@ -14,9 +14,11 @@ or no longer lets anybody declare it, that is `Undecidable` too.
 
 If several agents match one image, all of them count, in the order of their names: the policy meets over all hops.
 
-Blind spots: uid and cgroup are those at execve. An agent whose file was replaced while it runs is no longer recognised.
-For a script the executable is its interpreter; the script is in the arguments, which whoever starts the process
-chooses.
+A file that made processes an agent, and was replaced, removed or opened to others since, makes them `Undecidable`: who
+owns it could otherwise put his own processes outside of the agent, with more than that.
+
+Blind spots: uid and cgroup are those at execve. What became of files before the start is not known. For a script the
+executable is its interpreter; the script is in the arguments, which whoever starts the process chooses.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import fnmatch
 import os
 import stat
 import time
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -37,6 +40,9 @@ from proxy.policy.document import Agent
 
 log = structlog.get_logger()
 
+_FORMER_MAX = 4096
+_FORMER_FDS_MAX = 64
+"""Of one agent. Beyond these, the number of a file that is gone may come to mean another."""
 RECHECK_S = 1.0
 """How long the identity of an executable is believed without looking at the file again."""
 
@@ -67,22 +73,48 @@ class _Executable:
     status: os.stat_result | None = None
     sha256: str = ""
     file: _File = field(default_factory=lambda: _NOBODY)
+    former: OrderedDict[tuple[int, int], None] = field(default_factory=OrderedDict)
+    """Names of files that made processes this agent, and do not any more."""
+    former_fds: deque[int] = field(default_factory=deque)
     checked_s: float = float("-inf")
     complaint: str = ""
 
     def release(self) -> None:
+        """Lets go of the file, but for its inode: a name that is remembered must not come to mean another file."""
         if self.fd >= 0:
-            os.close(self.fd)
+            self.former_fds.append(self.fd)
+        if len(self.former_fds) > _FORMER_FDS_MAX:
+            os.close(self.former_fds.popleft())
         self.fd, self.status = -1, None
+
+    def remember(self, names: Iterable[tuple[int, int]]) -> None:
+        self.former.update(dict.fromkeys(names))
+        while len(self.former) > _FORMER_MAX:
+            self.former.popitem(last=False)
+
+    def take_over(self, other: _Executable) -> None:
+        """Remembers what the same agent of an earlier policy does."""
+        self.remember([*other.former, *other.file.names])
+        self.former_fds.extend(os.dup(fd) for fd in (*other.former_fds, other.fd) if fd >= 0)
+
+    def close(self) -> None:
+        self.release()
+        while self.former_fds:
+            os.close(self.former_fds.popleft())
 
 
 class AgentMatcher:
     """The agents of one policy version. `declarable` are those that can be declared, with who may; `intercepted` are
     those for whose chains all connections are looked at."""
 
-    def __init__(self, agents: Iterable[Agent]) -> None:
+    def __init__(self, agents: Iterable[Agent], before: AgentMatcher | None = None) -> None:
+        """`before` is the matcher of the policy that this one follows."""
         by_name = sorted(agents, key=lambda agent: agent.name)
         self._executables = [_Executable(agent) for agent in by_name if agent.exe]
+        earlier = {(one.agent.name, one.agent.exe): one for one in before._executables} if before is not None else {}
+        for executable in self._executables:
+            if known := earlier.get((executable.agent.name, executable.agent.exe)):
+                executable.take_over(known)
         self._names = frozenset(agent.name for agent in by_name)
         self.executables = tuple(executable.agent.exe for executable in self._executables)
         self.intercepted = frozenset(agent.name for agent in by_name if agent.intercept == "all")
@@ -101,13 +133,18 @@ class AgentMatcher:
             names.add(image.declared)
         return tuple(sorted(names))
 
+    def look(self) -> None:
+        """Looks at the files: to be called every second, so that none is replaced twice unseen."""
+        for executable in self._executables:
+            _current(executable)
+
     def intercepted_files(self) -> frozenset[tuple[int, int]]:
         """Device and inode of the executables that make a process an intercepted agent, whatever else has to hold."""
         return frozenset(
             name
             for executable in self._executables
             if executable.agent.name in self.intercepted
-            for name in _current(executable).names
+            for name in (*_current(executable).names, *executable.former)
         )
 
     def why_not_declare(self, agent: str, chain: Chain, uid: int) -> str:
@@ -129,7 +166,7 @@ class AgentMatcher:
 
     def close(self) -> None:
         for executable in self._executables:
-            executable.release()
+            executable.close()
 
     def __del__(self) -> None:
         self.close()
@@ -139,13 +176,19 @@ class AgentMatcher:
         if agent.uid is not None and agent.uid != image.uid:
             return False
         file = _current(executable)
-        if (image.device, image.inode) not in file.names:
+        name = image.device, image.inode
+        if name not in file.names and name not in executable.former:
             return False
         cgroup = not agent.cgroup or bool(image.cgroup and fnmatch.fnmatchcase(image.cgroup, agent.cgroup))
         if not cgroup and image.cgroup:
             return False
         if agent.argv and not fnmatch.fnmatchcase(" ".join(image.argv), agent.argv):
             return False
+        if name not in file.names:
+            raise Undecidable(
+                f"`{agent.exe}` of agent `{agent.name}` was replaced, or is not to be trusted any more, and process "
+                f"`{image.tgid}` runs what it was: start that anew"
+            )
         if not cgroup:
             raise Undecidable(f"the cgroup of process `{image.tgid}` is gone; agent `{agent.name}` is told by it")
         if file.changed_ns and file.changed_ns > files.wall_ns(image.start_ns):
@@ -165,12 +208,16 @@ def _current(executable: _Executable) -> _File:
     if now_s - executable.checked_s < RECHECK_S:
         return executable.file
     executable.checked_s = now_s
+    before = executable.file
     try:
         executable.file = _look(executable)
         complaint = ""
     except (OSError, files.Unsettled, _Untrusted) as error:
         executable.file = _NOBODY
         complaint = str(error)
+    executable.remember(before.names - executable.file.names)
+    for name in executable.file.names:
+        executable.former.pop(name, None)
     if complaint and complaint != executable.complaint:
         log.warning(
             "executable makes nobody an agent", agent=executable.agent.name, exe=executable.agent.exe, why=complaint

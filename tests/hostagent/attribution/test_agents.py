@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
@@ -121,7 +122,8 @@ def test_a_changed_file_is_looked_at_again(exe: Path, image: Image) -> None:
     assert matcher.match(image()) == ("a",)
     with exe.open("ab") as file:
         file.write(b"more")
-    assert matcher.match(image()) == ()
+    with pytest.raises(Undecidable, match="is not to be trusted any more"):
+        matcher.match(image())
 
 
 @pytest.mark.parametrize("mode", [0o775, 0o757])
@@ -231,6 +233,49 @@ def image_of(path: Path, image: Image) -> ProcessImage:
     made = image()
     link.unlink()
     return made
+
+
+@pytest.mark.parametrize("how", ["replaced", "removed", "opened", "reloaded"])
+def test_a_running_agent_does_not_cease_to_be_one(exe: Path, image: Image, how: str) -> None:
+    """By what its user does to its file: it would then have what its parents may do."""
+    os.chown(exe, 1000, 1000)
+    digest = hashlib.sha256(exe.read_bytes()).hexdigest()
+    agent = Agent("a", str(exe), sha256=digest, uid=1000, intercept="all")
+    matcher = AgentMatcher([agent])
+    runs = image()
+    assert matcher.match(runs) == ("a",)
+    match how:
+        case "replaced" | "reloaded":
+            copy = Path(shutil.copy2(exe, exe.with_name("copy")))
+            os.chown(copy, 1000, 1000)
+            copy.rename(exe)
+        case "removed":
+            exe.unlink()
+        case "opened":
+            exe.chmod(0o777)
+    if how == "reloaded":
+        matcher, former = AgentMatcher([agent], matcher), matcher
+        former.close()
+    with pytest.raises(Undecidable, match="was replaced, or is not to be trusted any more, and process `100`"):
+        matcher.match(runs)
+    assert (runs.device, runs.inode) in matcher.intercepted_files()
+    assert matcher.match(msgspec.structs.replace(runs, uid=1001)) == ()
+    if how == "opened":
+        exe.chmod(0o755)
+    if exe.exists():
+        assert matcher.match(image()) == ("a",)
+
+
+def test_the_number_of_a_former_file_is_not_used_again(exe: Path, image: Image) -> None:
+    matcher = AgentMatcher([Agent("a", str(exe))])
+    former = exe.stat().st_ino
+    assert matcher.match(image()) == ("a",)
+    exe.unlink()
+    matcher.look()
+    for number in range(300):
+        other = Path(shutil.copy("/bin/true", exe.with_name("other")))
+        assert other.stat().st_ino != former, number
+        other.unlink()
 
 
 def test_what_was_changed_after_the_process_started_cannot_be_told(exe: Path, image: Image) -> None:
