@@ -3,6 +3,8 @@
     create            the request with `dryRun=All`
     update, patch     GET of the object, then the request with `dryRun=All`
     delete            the same, with `dryRun` in the body too, which is where the server looks when there is one
+    eviction          the same as for the pod's deletion
+    deletecollection  the request with `dryRun`; of what it would delete the names are shown
 
 A server that does not know `dryRun` would do what is asked. So it is only asked of groups that an API server of
 Kubernetes serves itself, at subresources that store an object; of others the human sees the request alone.
@@ -37,6 +39,8 @@ _MAX_TOLD: Final = 1200
 _MAX_LINES: Final = 600
 """Lines of either side where they differ: comparing takes the square of it."""
 _MAX_DEPTH: Final = 64
+_MAX_NAMES: Final = 50
+"""Names of what would be deleted at once."""
 
 _SERVED_ITSELF: Final = frozenset(
     {
@@ -61,9 +65,16 @@ _SERVED_ITSELF: Final = frozenset(
         "storage.k8s.io",
     }
 )
-_STORED: Final = frozenset({"", "ephemeralcontainers", "resize", "scale", "status"})
+_STORED: Final = frozenset({"", "ephemeralcontainers", "eviction", "resize", "scale", "status"})
 _UNSTORED: Final = frozenset({"bindings", "componentstatuses"})
-_METHODS: Final = {"create": "POST", "update": "PUT", "patch": "PATCH", "delete": "DELETE"}
+_METHODS: Final = {
+    "create": "POST",
+    "update": "PUT",
+    "patch": "PATCH",
+    "delete": "DELETE",
+    "deletecollection": "DELETE",
+}
+_EVICTION: Final = "eviction"
 _NOISE: Final = ("creationTimestamp", "generation", "managedFields", "resourceVersion", "selfLink", "uid")
 _APPLIED: Final = "kubectl.kubernetes.io/last-applied-configuration"
 
@@ -119,7 +130,10 @@ class Inquiry:
         if not asked:
             self._before, self._shown_before = value, shown
             return
-        if question.method == "DELETE":
+        if question.facts.verb == "deletecollection":
+            self._remark, self._text = _deleted(value)
+            return
+        if question.method == "DELETE" or question.facts.subresource == _EVICTION:
             value = shown = None
         differing = _difference(_lines(self._shown_before), _lines(_marked(self._before, value, shown)))
         self._remark = "" if differing else "nothing would change"
@@ -141,17 +155,30 @@ def _questions(request: Request, described: Described) -> list[Question]:
         return []
     path, _, query = request.target.partition("?")
     seen = dataclasses.replace(facts, verb="get", body=None, patch="")
-    out = [] if facts.verb == "create" else [Question("GET", path, seen)]
+    out = [] if facts.verb in ("create", "deletecollection") else [Question("GET", path, seen)]
+    if facts.subresource == _EVICTION:
+        pod = dataclasses.replace(seen, subresource="")
+        out = [Question("GET", path.rstrip("/").removesuffix(f"/{_EVICTION}"), pod)]
     if facts.group not in _SERVED_ITSELF or facts.subresource not in _STORED or facts.resource in _UNSTORED:
         return []
     body, content_type = described.body, described.content_type
-    if facts.verb == "delete":
+    if facts.verb in ("delete", "deletecollection"):
         options = msgspec.json.decode(body) if body else {}
         defaults = {"kind": "DeleteOptions", "apiVersion": "v1"}
         body, content_type = msgspec.json.encode({**defaults, **options, "dryRun": ["All"]}), "application/json"
+    if facts.subresource == _EVICTION:
+        body = _dry_eviction(body)
     parameters = [part for part in query.split("&") if part and unquote(part.partition("=")[0]) != "dryRun"]
     target = f"{path}?{'&'.join([*parameters, 'dryRun=All'])}"
     return [*out, Question(_METHODS[facts.verb], target, facts, body, content_type)]
+
+
+def _dry_eviction(body: bytes) -> bytes:
+    """Dry by what it says of the deletion, too."""
+    eviction = msgspec.json.decode(body)
+    options = eviction.get("deleteOptions")
+    dry = {**(options if isinstance(options, dict) else {}), "dryRun": ["All"]}
+    return msgspec.json.encode({**eviction, "deleteOptions": dry})
 
 
 def _object(body: bytes) -> object:
@@ -162,6 +189,22 @@ def _object(body: bytes) -> object:
             metadata["annotations"] = {k: v for k, v in metadata["annotations"].items() if k != _APPLIED}
         value = {**value, "metadata": metadata}
     return value
+
+
+def _deleted(value: object) -> tuple[str, str]:
+    """What a dry run of a `deletecollection` answers with, told: how many objects, and their names."""
+    items = value.get("items") if isinstance(value, dict) else None
+    if not isinstance(items, list):
+        return "the server does not say what it would delete", ""
+    told = []
+    for item in items:
+        metadata = item.get("metadata") if isinstance(item, dict) else None
+        if isinstance(metadata, dict):
+            namespace = metadata.get("namespace")
+            told.append(f"-{_word(metadata.get('name'))}" + (f" in {_word(namespace)}" if namespace else ""))
+    many = len(items) - _MAX_NAMES
+    lines = told[:_MAX_NAMES] + ([f"… and {many} more"] if many > 0 else [])
+    return f"it would delete {len(items)}", "\n".join(lines)
 
 
 def _refusal(status: int, body: bytes, facts: RequestFacts, masked: bool) -> str:

@@ -170,6 +170,33 @@ def test_a_denied_delete_with_options_deletes_nothing(pump: Pump) -> None:
     assert len(pump.previews) == len(bodies) and all("name: kept-held" in text for text in pump.previews)
 
 
+def test_a_denied_eviction_or_deletion_of_many_does_nothing_and_was_shown(pump: Pump) -> None:
+    pump.decide = lambda operation: DENY
+    pod = {"kind": "Pod", "apiVersion": "v1", "metadata": {"name": "evicted-held", "labels": {"many": "held"}}}
+    pump.server.create(
+        "/api/v1/namespaces/default/pods", {**pod, "spec": {"containers": [{"name": "c", "image": "i"}]}}
+    )
+    eviction = {"kind": "Eviction", "apiVersion": "policy/v1", "metadata": {"name": "evicted-held"}}
+    bodies = [
+        {},
+        {"deleteOptions": {}},
+        {"deleteOptions": {"gracePeriodSeconds": 0}},
+        {"deleteOptions": {"dryRun": []}},
+    ]
+    pods = "/api/v1/namespaces/default/pods"
+    asked = [("POST", f"{pods}/evicted-held/eviction", {**eviction, **body}) for body in bodies]
+    asked += [("DELETE", f"{pods}?labelSelector=many%3Dheld", body) for body in (None, {}, {"gracePeriodSeconds": 0})]
+    with connected(pump) as connection:
+        for method, path, body in asked:
+            sent = None if body is None else json.dumps(body)
+            assert read(connection, method, path, sent, {"Content-Type": "application/json"})[0] == 403
+            assert "deletionTimestamp" not in pump.server.request("GET", f"{pods}/evicted-held").json()["metadata"]
+    assert len(pump.previews) == len(asked)
+    assert all("-  name: evicted-held" in text for text in pump.previews[: len(bodies)]), pump.previews
+    assert all("would delete 1)\n-evicted-held in default" in text for text in pump.previews[len(bodies) :])
+    pump.server.request("DELETE", f"{pods}/evicted-held?gracePeriodSeconds=0")
+
+
 def test_a_refusal_by_the_server_is_in_the_preview(kubectl: Kubectl, pump: Pump) -> None:
     manifest = json.dumps({"kind": "Service", "apiVersion": "v1", "metadata": {"name": "held"}, "spec": {"ports": []}})
     done = kubectl("create", "--validate=false", "-f", "-", stdin=manifest)

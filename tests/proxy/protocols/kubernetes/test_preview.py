@@ -111,6 +111,31 @@ def test_a_delete_is_tried_with_dry_run_in_its_body_where_the_server_looks(body:
     assert "-  replicas: 3" in player.previews[0] and "\n+" not in player.previews[0]
 
 
+def test_an_eviction_is_shown_as_the_end_of_its_pod() -> None:
+    body = b'{"kind":"Eviction","metadata":{"name":"web"},"deleteOptions":{"gracePeriodSeconds":0}}'
+    player, _ = waiting(request("POST", "/api/v1/namespaces/shop/pods/web/eviction", body))
+    player.server(answer({"kind": "Pod", "metadata": {"name": "web"}, "spec": {"nodeName": "n"}}))
+    player.server(answer({"kind": "Status", "status": "Success"}))
+    get, dry = player.requests()
+    assert (get.method, get.target) == ("GET", "/api/v1/namespaces/shop/pods/web")
+    assert (dry.method, dry.target) == ("POST", "/api/v1/namespaces/shop/pods/web/eviction?dryRun=All")
+    assert json.loads(dry.body)["deleteOptions"] == {"gracePeriodSeconds": 0, "dryRun": ["All"]}
+    (text,) = player.previews
+    assert "\n-  nodeName: n" in text and "+" not in text
+
+
+def test_of_what_is_deleted_at_once_the_names_are_shown() -> None:
+    player, _ = waiting(request("DELETE", "/api/v1/secrets?labelSelector=a%3Db", b""), (REDACT,))
+    items = [{"metadata": {"name": f"s{n}", "namespace": "shop"}, "data": {"a": "bWFya2Vy"}} for n in range(60)]
+    player.server(answer({"kind": "SecretList", "apiVersion": "v1", "metadata": {}, "items": items}))
+    (dry,) = player.requests()
+    assert (dry.method, dry.target) == ("DELETE", "/api/v1/secrets?labelSelector=a%3Db&dryRun=All")
+    assert json.loads(dry.body)["dryRun"] == ["All"]
+    (text,) = player.previews
+    assert "(it would delete 60)\n-s0 in shop\n" in text and text.endswith("-s49 in shop\n… and 10 more")
+    assert "bWFya2Vy" not in text
+
+
 def test_every_request_before_the_ruling_is_a_get_or_a_dry_run() -> None:
     for raw in (
         PATCH,
@@ -136,8 +161,6 @@ def test_every_request_before_the_ruling_is_a_get_or_a_dry_run() -> None:
     "raw",
     [
         request("GET", WEB),
-        request("DELETE", "/apis/apps/v1/namespaces/shop/deployments", b"{}"),
-        request("POST", "/api/v1/namespaces/shop/pods/web/eviction", b'{"kind":"Eviction"}'),
         request("POST", "/api/v1/namespaces/shop/serviceaccounts/a/token", b'{"kind":"TokenRequest"}'),
         request("POST", "/api/v1/namespaces/shop/pods/web/exec?command=id"),
         request("POST", "/api/v1/namespaces/shop/bindings", b'{"kind":"Binding"}'),
