@@ -686,6 +686,7 @@ class KubernetesMachine:
         )
         if answer.status >= 400 and not answer.value(b"content-encoding") and "json" in answer.value(b"content-type"):
             exchange.heard = bytearray()
+        exchange.plan = None
         # a watch may have nothing to tell for hours, and its client wants to know that it stands
         exchange.unsent = exchange.transformer is not None and exchange.facts.verb != "watch"
         return [] if exchange.unsent else [self._head_of_answer(exchange, answer)]

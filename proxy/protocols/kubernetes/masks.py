@@ -216,6 +216,8 @@ class Transformer:
     `masked` names the masks that met a value, and `objects` counts what was shown. Both methods may raise `Unmaskable`,
     also after bytes were returned: then the answer is to be cut off, so that the client sees that it is not whole."""
 
+    __slots__ = ("_form", "_view")
+
     def __init__(self, view: View, form: _Form) -> None:
         self._view = view
         self._form: _Form = form
@@ -250,6 +252,8 @@ class Transformer:
 class _Body:
     """One object, list or failure. A list of more than `MAX_SHORT` bytes is masked while it comes, if it can be;
     everything else when it is all there."""
+
+    __slots__ = ("_begun", "_kept", "_parts", "_size", "_view", "_whole")
 
     def __init__(self, view: View) -> None:
         self._view = view
@@ -305,6 +309,8 @@ _Steps = Generator[bytes, None, None]
 class _Stream:
     """Taken apart by a generator that is resumed when there is more: it yields what to send."""
 
+    __slots__ = ("_steps", "_values")
+
     def __init__(self, steps: _Steps, values: Values) -> None:
         self._steps = steps
         self._values = values
@@ -322,19 +328,25 @@ class _Stream:
 
 
 def _watch(view: View, values: Values) -> _Steps:
-    """Events, one behind the other."""
+    """Events, one behind the other. Between them, perhaps for hours, it holds nothing of them."""
     out: list[bytes] = []
     while True:
-        raw = values.value()
-        if raw is not None:
-            shown = view.event(msgspec.Raw(raw))
-            if shown is not GONE:
-                out += (_encode(shown), b"\n")
-            continue
+        while _shown_event(view, values, out):
+            pass
         if values.ended and values.peek() >= 0:
             raise Unmaskable("the watch ended inside an event")
-        yield b"".join(out)
-        out.clear()
+        yield _taken(out)
+
+
+def _shown_event(view: View, values: Values, out: list[bytes]) -> bool:
+    """Whether there was one."""
+    raw = values.value()
+    if raw is None:
+        return False
+    shown = view.event(msgspec.Raw(raw))
+    if shown is not GONE:
+        out += (_encode(shown), b"\n")
+    return True
 
 
 def _listed(view: View, values: Values) -> _Steps:
@@ -376,8 +388,7 @@ def _listed(view: View, values: Values) -> _Steps:
         view.ended(behind)
     out.append(b"}\n")
     while values.peek() < 0:
-        yield b"".join(out)
-        out.clear()
+        yield _taken(out)
     raise Unmaskable("the server's answer goes on behind its end")
 
 
@@ -463,6 +474,10 @@ def _mark(values: Values, out: list[bytes], mark: bytes) -> _Steps:
 def _flushed(values: Values, out: list[bytes]) -> bytes:
     if values.ended:
         raise Unmaskable("the server's answer ends before its end")
+    return _taken(out)
+
+
+def _taken(out: list[bytes]) -> bytes:
     shown = b"".join(out)
     out.clear()
     return shown

@@ -26,7 +26,9 @@ class Oversized(Exception):
 
 class Values:
     """The unread bytes of a stream, and how far into its first value the search has come. `ended` is for whoever feeds
-    it: no more will come."""
+    it: no more will come. What was read is let go at once, since the next may be hours away."""
+
+    __slots__ = ("_at", "_buffer", "_depth", "_in_string", "_start", "ended")
 
     def __init__(self) -> None:
         self.ended = False
@@ -50,7 +52,11 @@ class Values:
         if space.end() > self._start:
             self._start = space.end()
             self._at = max(self._at, self._start)
-        return self._buffer[self._start] if self._start < len(self._buffer) else -1
+        if self._start < len(self._buffer):
+            return self._buffer[self._start]
+        self._buffer.clear()
+        self._start = self._at = 0
+        return -1
 
     def take(self, count: int) -> None:
         """Drops bytes that `peek` showed."""

@@ -89,6 +89,8 @@ def not_found(facts: RequestFacts) -> bytes:
 class View:
     """The masks as one answer is read through them, and what they did."""
 
+    __slots__ = ("_asked", "_facts", "_hides", "_inside", "_masks", "_status", "_tables", "masked", "objects")
+
     def __init__(self, masks: MaskSet, facts: RequestFacts, asked: frozenset[str], status: int, tables: bool) -> None:
         self._masks = masks
         self._facts = facts

@@ -7,6 +7,7 @@ import base64
 import copy
 import json
 import random
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -849,6 +850,21 @@ def test_memory_is_bounded_where_an_answer_has_many_members() -> None:
     with pytest.raises(Unmaskable, match="bytes"):
         for index in range(40):
             transformer.feed(b'%s"%d":"%s"' % (b"," if index else b"{", index, b"x" * (1 << 20)))
+
+
+def test_a_watch_keeps_nothing_of_the_events_that_it_has_shown() -> None:
+    request, body = forms("secrets")["watch"]
+    transformer = plan(REDACTORS["named"], request).transformer(200, JSON)
+    transformer.feed(body + b"\n")
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        for _ in range(3):
+            assert len(transformer.feed(body + b"\n")) > 20_000
+        after, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert after - before < 2000
 
 
 def test_memory_is_bounded_by_one_object() -> None:
