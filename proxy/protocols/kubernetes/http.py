@@ -267,7 +267,7 @@ class AnswerReader:
             framing, last = UntilClose(), True
         dropped = _UNSENT | {name.encode("latin-1") for name in named} if named else _UNSENT
         headers = [pair for pair, (name, _) in zip(pairs, lower, strict=True) if name not in dropped]
-        if isinstance(framing, Length) or (framing is None and status != 204):
+        if isinstance(framing, Length) or (framing is None and status >= 200 and status != 204):
             headers += [(b"Content-Length", value) for name, value in lower if name == b"content-length"]
         upgrade = b", ".join(value for name, value in lower if name == b"upgrade")
         return Answer(status, reason, headers, framing, last, upgrade)

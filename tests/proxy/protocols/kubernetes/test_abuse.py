@@ -254,6 +254,14 @@ def test_no_other_protocol_is_switched_to(path: str, headers: tuple[str, ...]) -
     assert all(operation.unclassified for operation in seen)
 
 
+@pytest.mark.parametrize("framing", [b"Content-Length: 5", b"Transfer-Encoding: chunked"])
+def test_a_switch_has_no_body_to_anybody(framing: bytes) -> None:
+    reader = http.AnswerReader("GET", upgrade=True)
+    head = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: SPDY/3.1\r\n" + framing + b"\r\n\r\n"
+    answer = reader.read(head)
+    assert (answer.status, answer.framing, answer.headers) == (101, None, [])
+
+
 def test_what_follows_a_refused_upgrade_is_no_stream() -> None:
     player = Player(lambda operation: DENY)
     player.client(request("GET", "/api/v1/pods", None, "Upgrade: h2c", "Connection: Upgrade") + request("GET", "/api"))
