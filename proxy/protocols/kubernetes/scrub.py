@@ -17,10 +17,13 @@ MAX_DEPTH = 64
 _TELLING = re.compile(
     r"pass(word|wd|phrase)?$|secret|token|credential|private[-_]?key|api[-_]?key|\.dockerconfigjson", re.I
 )
+_IN_URL = r"(://[^/\s:@]{0,64}+:)[^@/\s]{1,2048}+(?=@)"
+"""No slash in the password, so that nothing is looked at twice: a body of megabytes may be full of these."""
 _TELLING_WORD = re.compile(
-    r"(?i)((?:pass(?:word|wd)?|secret|token|credential|api[-_]?key)[^=:\s]{0,64}+[=:])\S+"
-    r"|(://[^/\s:@]{0,64}+:)[^@\s]{1,2048}+(?=@)"
+    rf"(?i)((?:pass(?:word|wd)?|secret|token|credential|api[-_]?key)[^=:\s]{{0,64}}+[=:])\S+|{_IN_URL}"
 )
+_TELLING_OPTION = re.compile(r"--?[\w-]{0,64}?(?:pass(?:word|wd)?|secret|token|credentials?|api[-_]?key)", re.I)
+_TELLING_URL = re.compile(_IN_URL)
 _QUOTED = re.compile(
     r"((?:Invalid|Duplicate|Unsupported) value: )"
     r'("(?:[^"\\]|\\.)*+(?:"|$)|[\w.+-]{0,64}+(?=: |, |\]|$)|.*)|( error found in #).*',
@@ -33,6 +36,8 @@ _NAMES_ONLY = re.compile(
     r'|Operation cannot be fulfilled on secrets "[^"\n]*": .*'
 )
 _WHOLE = {"secrets": ("data", "stringData"), "configmaps": ("binaryData",)}
+_WORDS = frozenset({"args", "command"})
+"""Fields that hold the words of a command."""
 _APPLIED = "kubectl.kubernetes.io/last-applied-configuration"
 
 
@@ -64,14 +69,28 @@ def _scrub(value: object, whole: tuple[str, ...], depth: int) -> object:
                 key: (
                     _emptied(inner)
                     if key in whole or key == _APPLIED or (environment and key == "value") or _tells(key, inner)
+                    else _scrub_words(inner)
+                    if key.rpartition("/")[2] in _WORDS and isinstance(inner, list)
                     else _scrub(inner, whole if depth == 0 else (), depth + 1)
                 )
                 for key, inner in value.items()
             }
         case list():
             return [_scrub_operation(inner, whole, depth) for inner in value]
+        case str() if "://" in value:
+            return _TELLING_URL.sub(rf"\1{SCRUBBED}", value)
         case _:
             return value
+
+
+def _scrub_words(words: list[object]) -> list[object]:
+    """The words of a command; behind one that says that it takes a secret, the next one too."""
+    return [
+        (SCRUBBED if isinstance(before, str) and _TELLING_OPTION.fullmatch(before) else scrubbed_words([word]))
+        if isinstance(word, str)
+        else _emptied(word)
+        for before, word in zip(("", *words), words, strict=False)
+    ]
 
 
 def _scrub_operation(value: object, whole: tuple[str, ...], depth: int) -> object:
@@ -82,6 +101,9 @@ def _scrub_operation(value: object, whole: tuple[str, ...], depth: int) -> objec
         steps = value["path"].split("/")
         if any(step in whole or _TELLING.search(step) for step in steps) or "env" in steps or "annotations" in steps:
             return {**value, "value": _emptied(value["value"])}
+        if not _WORDS.isdisjoint(steps):
+            words = value["value"]
+            return {**value, "value": _scrub_words(words if isinstance(words, list) else [words])}
     return _scrub(value, whole, depth + 1)
 
 

@@ -261,6 +261,17 @@ def test_secrets_are_looked_for_in_no_time_worth_mentioning(word: str) -> None:
     assert time.process_time() - began < 0.15
 
 
+@pytest.mark.parametrize("words", ["://:", "secret", "--token://a:", "://"])
+def test_nor_in_a_body_of_megabytes(words: str) -> None:
+    text = words * (2_900_000 // len(words))
+    head = Head("POST", "/api/v1/namespaces/s/pods", JSON)
+    for container in ({"args": [text]}, {"image": text}, {"args": [words * 4] * 100_000}):
+        body = msgspec.json.encode({"spec": {"containers": [container]}})
+        began = time.process_time()
+        assert not describe(classify(head), head, body).operation.unclassified
+        assert time.process_time() - began < 1
+
+
 def test_what_is_recorded_holds_no_secret() -> None:
     head = Head("POST", "/api/v1/namespaces/shop/secrets", JSON)
     secret = {
@@ -303,9 +314,31 @@ def test_what_is_asked_again_is_one_operation_and_of_what_is_asked_once_nothing_
     assert all(describe(classify(gone), gone, body).operation.once for body in (b"", b"", b"{}", b"{}"))
 
 
+def test_words_of_commands_in_a_body_are_recorded_as_those_of_an_exec() -> None:
+    container = {
+        "image": "token-service:1.2",
+        "args": ["--password=MARK", "--token", "MARK", "--verbose", "--dsn=postgres://u:MARK@h/d"],
+        "command": ["psql", "postgres://u:MARK@h/d"],
+        "livenessProbe": {"exec": {"command": ["curl", "https://u:MARK@h"]}},
+    }
+    body = {"metadata": {"annotations": {"dsn": "postgres://u:MARK@h/d"}}, "spec": {"containers": [container]}}
+    head = Head("POST", "/api/v1/namespaces/shop/pods", JSON)
+    operation = describe(classify(head), head, msgspec.json.encode(body)).operation
+    assert "MARK" not in operation.recorded_text
+    assert '"token-service:1.2"' in operation.recorded_text and '"--verbose"' in operation.recorded_text
+    head = Head("PATCH", "/api/v1/namespaces/shop/pods/p", (("content-type", "application/json-patch+json"),))
+    for path, value in (
+        ("/spec/containers/0/args/0", "--password=MARK"),
+        ("/spec/containers/0/args", ["--token=MARK"]),
+    ):
+        patch = [{"op": "add", "path": path, "value": value}]
+        operation = describe(classify(head), head, msgspec.json.encode(patch)).operation
+        assert "MARK" not in operation.recorded_text and path in operation.recorded_text
+
+
 def test_a_patch_of_a_whole_secret_is_recorded_without_its_values() -> None:
     head = Head("PATCH", "/api/v1/namespaces/shop/secrets/db", (("content-type", "application/json-patch+json"),))
-    for path in ("", "/", "/data", "/stringData/user"):
+    for path in ("", "/", "/data", "/stringData/user", "/data/args"):
         patch = [{"op": "replace", "path": path, "value": {"kind": "Secret", "data": {"user": "MARK"}}}]
         operation = describe(classify(head), head, msgspec.json.encode(patch)).operation
         assert "MARK" not in operation.recorded_text and "replace" in operation.recorded_text
