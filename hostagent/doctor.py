@@ -36,6 +36,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from hostagent import alerts, kernel, powers
+from hostagent.attribution import AgentMatcher
 from hostagent.control import client, messages
 from hostagent.control.store import Store
 from hostagent.credentials import CredentialFiles, CredentialUnavailable
@@ -474,6 +475,11 @@ def _capabilities(document: Document | PolicyError) -> Iterator[Finding]:
     if isinstance(document, PolicyError):
         yield Finding("capabilities of agents", State.SKIPPED, "the policy, which names them, cannot be loaded")
         return
+    matcher = AgentMatcher(document.agents)
+    for name, complaint in matcher.complaints().items():
+        fix = "put the executable where only root can change it, on ext4, xfs or f2fs, or give its `sha256`"
+        yield Finding(f"executable of {name}", State.WRONG, f"it makes nobody an agent: {complaint}", fix)
+    matcher.close()
     among = powers.running()
     for agent in sorted(document.agents, key=lambda agent: agent.name):
         if not agent.exe:

@@ -14,6 +14,9 @@ or no longer lets anybody declare it, that is `Undecidable` too.
 
 If several agents match one image, all of them count, in the order of their names: the policy meets over all hops.
 
+On btrfs and bcachefs anybody can make a file that the kernel names like another one. What may be an agent whose file is
+there is `Undecidable`.
+
 A file that made processes an agent, and was replaced, removed or opened to others since, makes them `Undecidable`: who
 owns it could otherwise put his own processes outside of the agent, with more than that.
 
@@ -138,6 +141,11 @@ class AgentMatcher:
         for executable in self._executables:
             _current(executable)
 
+    def complaints(self) -> dict[str, str]:
+        """Why files of agents make nobody an agent, by the agents' names."""
+        self.look()
+        return {one.agent.name: f"`{one.agent.exe}` {one.complaint}" for one in self._executables if one.complaint}
+
     def intercepted_files(self) -> frozenset[tuple[int, int]]:
         """Device and inode of the executables that make a process an intercepted agent, whatever else has to hold."""
         return frozenset(
@@ -187,7 +195,7 @@ class AgentMatcher:
         if name not in file.names:
             raise Undecidable(
                 f"`{agent.exe}` of agent `{agent.name}` was replaced, or is not to be trusted any more, and process "
-                f"`{image.tgid}` runs what it was: start that anew"
+                f"`{image.tgid}` runs what it was: {executable.complaint or 'start that anew'}"
             )
         if not cgroup:
             raise Undecidable(f"the cgroup of process `{image.tgid}` is gone; agent `{agent.name}` is told by it")
@@ -253,7 +261,11 @@ def _look(executable: _Executable) -> _File:
     mapped = files.mapped(executable.fd)
     if mapped is None:
         raise _Untrusted("cannot be mapped")
-    return _File(frozenset({(status.st_dev, status.st_ino), mapped}), 0 if roots_own else status.st_ctime_ns)
+    names = frozenset({(status.st_dev, status.st_ino), mapped})
+    if files.file_system(executable.fd) in files.NUMBERED_TWICE:
+        executable.remember(names)
+        raise _Untrusted("is on btrfs or bcachefs, where others can make files that the kernel names alike")
+    return _File(names, 0 if roots_own else status.st_ctime_ns)
 
 
 def _only_root_puts_files_into(directory: Path) -> bool:

@@ -17,9 +17,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 _CHUNK_BYTES = 1 << 20
-TELLING = frozenset({0xEF53, 0x58465342, 0x9123683E, 0xF2F52010})
+TELLING = frozenset({0xEF53, 0x58465342, 0xF2F52010})
 """What statfs(2) says of file systems on which writes, also those through a mapping, set the times: ext2 to ext4, xfs,
-btrfs, f2fs. tmpfs does not, and what FUSE or a server says is its owner's to choose."""
+f2fs. tmpfs does not, and what FUSE or a server says is its owner's to choose."""
+NUMBERED_TWICE = frozenset({0x9123683E, 0xCA451A4E})
+"""The same of file systems on which the kernel has one device for all subvolumes, each of which numbers its files:
+btrfs, bcachefs. Whoever may write there may make a subvolume, and in it a file with any number."""
 SETTLED_NS = 50_000_000
 """Two writes within a tick of the clock may have one time."""
 _STATFS_BYTES = 256

@@ -266,6 +266,19 @@ def test_a_running_agent_does_not_cease_to_be_one(exe: Path, image: Image, how: 
         assert matcher.match(image()) == ("a",)
 
 
+def test_where_files_are_numbered_twice_nobody_can_be_told(
+    exe: Path, image: Image, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Anybody's file in a subvolume of his own can have the number, for the kernel of the same device."""
+    with exe.open("rb") as file:
+        monkeypatch.setattr(files, "NUMBERED_TWICE", {files.file_system(file.fileno())})
+    matcher = AgentMatcher([Agent("a", str(exe), intercept="all")])
+    with pytest.raises(Undecidable, match="btrfs"):
+        matcher.match(image())
+    assert (image().device, image().inode) in matcher.intercepted_files()
+    assert "btrfs" in matcher.complaints()["a"]
+
+
 def test_the_number_of_a_former_file_is_not_used_again(exe: Path, image: Image) -> None:
     matcher = AgentMatcher([Agent("a", str(exe))])
     former = exe.stat().st_ino
