@@ -40,6 +40,7 @@ BPF_TABLE_PINNED("hash", u64, u32, passing, PASSING_MAX, PINS "/passing", BPF_F_
 #define AF_INET6 10
 #define SOL_SOCKET 1
 #define SO_MARK 36
+#define EEXIST 17
 
 /* The verifier takes loads of 4 bytes only from these arrays, and the compiler would merge two into one of 8. */
 static inline void read_ip6(volatile u32 *from, u32 *into)
@@ -148,12 +149,18 @@ static inline struct hopgate_connect_record *find_record(struct hopgate_connect_
 	return record && record->socket == socket ? record : 0;
 }
 
-static inline void on_connect(struct bpf_sock_ops *ops, struct hopgate_connect_key *key, struct hopgate_config *config,
-			      u64 netns)
+static inline void on_connect(struct bpf_sock_ops *ops, struct hopgate_connect_key *key, struct hopgate_config *config)
 {
-	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
-	struct hopgate_connect_record record = {.netns = netns};
 	bool recorded = in_scope(key);
+
+	if (!recorded && !config->intercept)
+		return;
+
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+	u64 netns = bpf_get_netns_cookie(ops);
+	struct hopgate_connect_record record = {.netns = netns};
+
+	key->local = netns == config->netns;
 
 	record.tgid = KREAD(task_struct, task, tgid);
 
@@ -186,30 +193,35 @@ static inline void on_connect(struct bpf_sock_ops *ops, struct hopgate_connect_k
 	record.time_ns = bpf_ktime_get_ns();
 
 	bool users = !key->local && made_by_user(task, netns);
-	struct hopgate_connect_record *old = key->local ? connects.lookup(key) :
-					     users	? connects_of_users.lookup(key) :
-							  connects_behind.lookup(key);
+	int failed = users	? connects_of_users.insert(key, &record) :
+		     key->local ? connects.insert(key, &record) :
+				  connects_behind.insert(key, &record);
 
-	if (old && old->netns != record.netns && !(old->flags & CONNECT_CLOSED)) {
-		record.flags |= CONNECT_AMBIGUOUS;
-		count(COUNT_AMBIGUOUS);
+	if (failed == -EEXIST) {
+		struct hopgate_connect_record *old = users	? connects_of_users.lookup(key) :
+						     key->local ? connects.lookup(key) :
+								  connects_behind.lookup(key);
+
+		if (old && old->netns != record.netns && !(old->flags & CONNECT_CLOSED)) {
+			record.flags |= CONNECT_AMBIGUOUS;
+			count(COUNT_AMBIGUOUS);
+		}
+		failed = users	    ? connects_of_users.update(key, &record) :
+			 key->local ? connects.update(key, &record) :
+				      connects_behind.update(key, &record);
 	}
-	/* where there is no room, what is under this key is about another connection */
-	if (users) {
-		if (connects_of_users.update(key, &record)) {
+	if (failed) {
+		/* what is under this key is about another connection */
+		if (users) {
 			count(COUNT_USERS_FULL);
 			connects_of_users.delete(key);
-			return;
-		}
-	} else if (key->local) {
-		if (connects.update(key, &record)) {
+		} else if (key->local) {
 			count(OVERFLOW_CONNECTS);
 			connects.delete(key);
-			return;
+		} else {
+			count(OVERFLOW_CONNECTS);
+			connects_behind.delete(key);
 		}
-	} else if (connects_behind.update(key, &record)) {
-		count(OVERFLOW_CONNECTS);
-		connects_behind.delete(key);
 		return;
 	}
 	count(COUNT_CONNECTS);
@@ -249,32 +261,29 @@ static inline void on_close(struct bpf_sock_ops *ops, struct hopgate_connect_key
 
 int on_sock_ops(struct bpf_sock_ops *ops)
 {
-	struct hopgate_connect_key key = {};
 	u32 zero = 0;
 
 	if (ops->op != BPF_SOCK_OPS_TCP_CONNECT_CB && ops->op != BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB &&
 	    !(ops->op == BPF_SOCK_OPS_STATE_CB && ops->args[1] == BPF_TCP_CLOSE))
 		return 1;
-	if (!read_key(ops, &key))
-		return 1;
 
+	struct hopgate_connect_key key = {};
 	struct hopgate_config *config = settings.lookup(&zero);
 
-	if (!config)
+	if (!config || !read_key(ops, &key))
 		return 1;
-	if (!config->intercept && !in_scope(&key))
+	if (ops->op == BPF_SOCK_OPS_TCP_CONNECT_CB) {
+		on_connect(ops, &key, config);
 		return 1;
-
-	u64 netns = bpf_get_netns_cookie(ops);
-
-	key.local = netns == config->netns;
-	if (ops->op == BPF_SOCK_OPS_TCP_CONNECT_CB)
-		on_connect(ops, &key, config, netns);
-	else
-		has_passed(ops, config->mark);
+	}
+	/* whatever has a record or passes wants to hear of its states, unless another program forgot that for us */
+	if (!(ops->bpf_sock_ops_cb_flags & BPF_SOCK_OPS_STATE_CB_FLAG) && !in_scope(&key))
+		return 1;
+	key.local = bpf_get_netns_cookie(ops) == config->netns;
+	has_passed(ops, config->mark);
 	if (ops->op == BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB)
 		on_established(ops, &key);
-	else if (ops->op == BPF_SOCK_OPS_STATE_CB)
+	else
 		on_close(ops, &key);
 	return 1;
 }

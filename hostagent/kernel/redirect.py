@@ -48,6 +48,7 @@ _CHAINS = {
 _ESCAPES = ("HOPGATE-OUT", "HOPGATE-FWD")
 # not `--syn`: to conntrack a SYN with FIN is invalid and never gets to nat, but not every server minds it
 _BEGINS_TCP = "-p tcp --tcp-flags SYN,ACK SYN"
+_GOES_ON_TCP = "-p tcp ! --tcp-flags SYN,ACK SYN"
 _TIMEOUT_S = 30
 _WAIT_S = "5"
 _LEGACY_TABLES = {4: "/proc/thread-self/net/ip_tables_names", 6: "/proc/thread-self/net/ip6_tables_names"}
@@ -276,8 +277,9 @@ def _restore(family: int, text: str) -> None:
 def _table_text(rules: Rules, family: int, table: str, saved: list[str]) -> str:
     """What replaces our chains of a table, and the jumps to them unless they are right, as one transaction."""
     matches = (f"-m set --match-set {_PORTS_SET} dst", f"-m set --match-set {_ENDPOINTS_SET[family]} dst,dst")
+    # the mark first: that a packet does not have it is told at once
     exempt = (
-        f"-m cgroup --path {_quoted(rules.worker_cgroup)} -m mark --mark {rules.mark:#x} "
+        f"-m mark --mark {rules.mark:#x} -m cgroup --path {_quoted(rules.worker_cgroup)} "
         f"-m bpf --object-pinned {_quoted(str(rules.exempt))}"
     )
     redirect = f"-j REDIRECT --to-ports {rules.listen_port}"
@@ -294,8 +296,10 @@ def _table_text(rules: Rules, family: int, table: str, saved: list[str]) -> str:
         "filter": [
             f"-A HOPGATE-IN -p tcp --dport {rules.listen_port} -m conntrack ! --ctstate DNAT "
             "-j REJECT --reject-with tcp-reset",
-            f"-A HOPGATE-OUT {exempt} -j RETURN",
             *(f"-A {chain} -p tcp -f -j DROP" for chain in _ESCAPES if family == 4),
+            # nearly every packet there is leaves here
+            *(f"-A {chain} {_GOES_ON_TCP} -j RETURN" for chain in _ESCAPES),
+            f"-A HOPGATE-OUT {exempt} -j RETURN",
             *(
                 f"-A {chain} {what} {match} -j REJECT --reject-with {answer}"
                 for chain in _ESCAPES
