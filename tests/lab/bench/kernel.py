@@ -2,16 +2,27 @@
 behind.
 
     nothing           no tracepoint of ours; a cgroup without hooks, a network namespace without rules
+    bare redirect     the same, but for one rule of iptables, without a set: REDIRECT of the protected port. The floor
     hooks             everything loaded and attached; a namespace without rules, a port that no policy names
     rules             hooks, and a namespace with the rules, and so with conntrack; a port that no policy names
     redirect          the same, a protected port: recorded, redirected to a listener that accepts and closes
     + intercept       the last two from an agent with `intercept: all`, whose packets are looked at
 
-Every state has its turn in every round, and the order rotates; a ratio is the median of what each round says. Clients
-(`connects.c`), listener and the target's address are on one host, over loopback, so that redirect and no redirect are
-the same way: the shortest that there is, which makes ratios worse than a wire would. What is measured is `connect()`
-alone, by one process and by four at a time; and fork, exec, exit and wait of a small static program, which is hard for
-the same reason.
+Every state has its turn in every round, and the order rotates; a ratio is the median of what each round says, with the
+interval in which 95 of 100 such medians would lie. Clients and listeners are `connects.c`. The target is in three
+places:
+
+    loopback          an address of the client's own host: the shortest way that there is, for both, and nobody's case
+    wire              another network namespace, at the other end of a veth pair, without rules of anybody
+    container         the same behind a bridge, and the rules that Docker makes are there in all states, so that
+                      conntrack and NAT are no news: a service container on a runner
+
+What is redirected does not leave the client's namespace, where the listener is.
+
+What is measured is `connect()` alone, from the call until the client's end is established: by one process, and by four
+at a time. With a redirect that is the way to the gateway; the gateway's own way to the target comes later, at its
+login, and is not in it. Beside it fork, exec, exit and wait of a small static program, with hooks and without, in many
+short rounds.
 
 Then, not at the same time: nanoseconds that each program takes (the kernel counts them while it is asked to), the maps'
 memory, and what the host agent's `Attribution.attribute` takes inside accept, for a lineage of so many images. New
@@ -42,10 +53,10 @@ from typing import Any
 
 from hostagent import kernel
 from hostagent.attribution import AgentMatcher, Attribution
-from hostagent.kernel import abi, bpf, loader
+from hostagent.kernel import abi, bpf, loader, redirect
 from proxy.model import Chain, Endpoint
 from proxy.policy.document import Agent
-from tests.kernel.bed import LISTEN_PORT, PORT, Bed, bed, original_destination
+from tests.kernel.bed import BEYOND, HERE, LISTEN_PORT, PORT, Bed, bed, original_destination
 from tests.lab import cgroups, namespaces
 from tests.lab.bench import samples
 from tests.lab.bench.samples import BenchError
@@ -56,9 +67,32 @@ OTHER_PORT = 6000
 """A port that no policy names."""
 MANY = 4
 """Processes that connect at a time."""
-STATES = ("nothing", "hooks", "rules", "redirect", "rules + intercept", "redirect + intercept")
-CONNECT, STORM, SPAWN = "connect", f"connect, {MANY} at a time", "fork + exec"
-WORKLOADS = {CONNECT: STATES, STORM: STATES, SPAWN: ("nothing", "hooks", "rules + intercept")}
+STATES = ("nothing", "bare redirect", "hooks", "rules", "redirect", "rules + intercept", "redirect + intercept")
+UNHOOKED = ("nothing", "bare redirect")
+PLACES = {"loopback": TARGET, "wire": BEYOND[0], "container": BEYOND[0]}
+"""Where the target is, and its address there."""
+CONNECTS = {f"connect, {place}{many}": place for place in PLACES for many in ("", f", {MANY} at a time")}
+STORMS = tuple(workload for workload in CONNECTS if workload.endswith("at a time"))
+CONNECT, SPAWN = "connect, loopback", "fork + exec"
+WORKLOADS = {**dict.fromkeys(CONNECTS, STATES), SPAWN: ("nothing", "hooks")}
+DOCKER = """\
+*nat
+:DOCKER - [0:0]
+-A PREROUTING -m addrtype --dst-type LOCAL -j DOCKER
+-A OUTPUT ! -d 127.0.0.0/8 -m addrtype --dst-type LOCAL -j DOCKER
+-A POSTROUTING -s 192.0.2.0/24 ! -o bridge -j MASQUERADE
+-A DOCKER -i bridge -j RETURN
+COMMIT
+*filter
+:DOCKER - [0:0]
+-A FORWARD -o bridge -m conntrack --ctstate RELATED,ESTABLISHED -j ACCEPT
+-A FORWARD -o bridge -j DOCKER
+-A FORWARD -i bridge -j ACCEPT
+COMMIT
+"""
+"""What Docker puts in for its default network, but for its isolation from other networks."""
+BARE = f"*nat\n-A OUTPUT -p tcp --dport {PORT} -j REDIRECT --to-ports {LISTEN_PORT}\nCOMMIT\n"
+_RULES = {"nothing": "plain", "hooks": "plain", "bare redirect": "bare"}
 TRACEPOINTS = {**abi.TRACEPOINTS, **abi.TELLING_TRACEPOINTS}
 AGENTS = ("/bin/bash", "/usr/bin/git", "/usr/bin/python3", "/usr/bin/psql")
 DEEP = 30
@@ -85,28 +119,34 @@ class Figures:
 
     def ratio(self, workload: str, state: str) -> float:
         """Time of one, to that with nothing; for many at a time, how many fewer there are."""
+        return samples.ratio(*self._pairs(workload, state))
+
+    def interval(self, workload: str, state: str) -> tuple[float, float]:
+        return samples.interval(*self._pairs(workload, state))
+
+    def _pairs(self, workload: str, state: str) -> tuple[list[float], list[float]]:
         ours, base = self.runs[workload, state], self.runs[workload, STATES[0]]
-        if workload == STORM:
-            return samples.ratio([each.rate for each in base], [each.rate for each in ours])
-        return samples.ratio([each.p50_us for each in ours], [each.p50_us for each in base])
+        if workload in STORMS:
+            return [each.rate for each in base], [each.rate for each in ours]
+        return [each.p50_us for each in ours], [each.p50_us for each in base]
 
 
 class Lab:
-    """The bed with its clients and listeners. `plain` is a namespace without rules, `unhooked` a cgroup without
-    hooks."""
+    """The bed with its clients and listeners. `hosts` are the clients' network namespaces, by the target's place and
+    what is in them: `plain`, `bare` (a REDIRECT) or `ruled`. `unhooked` is a cgroup without hooks."""
 
-    def __init__(self, made: Bed, program: Path, plain: str, unhooked: Path) -> None:
+    def __init__(self, made: Bed, program: Path, hosts: dict[tuple[str, str], str], unhooked: Path) -> None:
         self.bed = made
         self.program = str(program)
-        self.plain = plain
         self.unhooked = unhooked
+        self._hosts = hosts
         status = program.stat()
         self._agents = frozenset({(status.st_dev, status.st_ino)})
 
-    def run(self, state: str, *words: str) -> str:
+    def run(self, state: str, place: str, *words: str) -> str:
         """What the client prints, in this state's cgroup and namespace. Raises `BenchError`."""
-        cgroup = self.unhooked if state == "nothing" else self.bed.cgroup
-        netns = self.plain if state in ("nothing", "hooks") else self.bed.netns
+        cgroup = self.unhooked if state in UNHOOKED else self.bed.cgroup
+        netns = self._hosts[place, _RULES.get(state, "ruled")]
         done = cgroups.run([self.program, *words], cgroup=cgroup, netns=netns, timeout_s=120)
         if done.returncode:
             raise BenchError(f"`{' '.join(words)}` with `{state}`: {done.stderr.strip() or done.stdout.strip()}")
@@ -116,11 +156,12 @@ class Lab:
         """Raises `BenchError`."""
         counters = self.bed.pins.counters()
         if workload == SPAWN:
-            told = json.loads(self.run(state, "spawn", str(count)))
+            told = json.loads(self.run(state, "loopback", "spawn", str(count)))
         else:
-            many = MANY if workload == STORM else 1
-            port = PORT if state.startswith("redirect") else OTHER_PORT
-            told = json.loads(self.run(state, "connect", TARGET, str(port), str(count // many), str(many)))
+            many = MANY if workload in STORMS else 1
+            place, port = CONNECTS[workload], PORT if "redirect" in state else OTHER_PORT
+            words = (PLACES[place], str(port), str(count // many), str(many))
+            told = json.loads(self.run(state, place, "connect", *words))
             self._check(state, count // many * many, counters)
         return Sample(**told)
 
@@ -137,17 +178,22 @@ class Lab:
             raise BenchError(f"`{state}`: the tables were too small: {lost}")
         self.bed.pins.sweep(0)
 
+    def protect(self, netns: str) -> None:
+        """Puts the rules into one more namespace. They go with it."""
+        with namespaces.entered(netns):
+            redirect.install(redirect.Rules.of(self.bed.settings, self.bed.scope))
+
     @contextmanager
     def entered(self, state: str) -> Iterator[None]:
         """In this state, and back to `hooks`."""
-        if state == "nothing":
+        if state in UNHOOKED:
             self._detach()
         elif state.endswith("intercept"):
             self._apply(self._agents)
         try:
             yield
         finally:
-            if state == "nothing":
+            if state in UNHOOKED:
                 self._attach()
             elif state.endswith("intercept"):
                 self._apply(None)
@@ -189,6 +235,44 @@ def _serving(program: Path, netns: str, *ports: int) -> Iterator[None]:
         listener.wait()
 
 
+def _iptables(netns: str, rules: str) -> None:
+    command = ["nsenter", f"--net=/run/netns/{netns}", "iptables-restore", "--noflush"]
+    subprocess.run(command, input=rules, text=True, check=True, timeout=60)
+
+
+@contextmanager
+def _bridged() -> Iterator[tuple[str, str]]:
+    """The namespaces of a host with Docker's rules and of a container on it."""
+    with namespaces.linked_namespaces((), BEYOND[0]) as (host, container):
+        namespaces.ip("-n", host, "link", "add", "bridge", "type", "bridge")
+        namespaces.ip("-n", host, "link", "set", "wire", "master", "bridge")
+        namespaces.ip("-n", host, "address", "add", f"{HERE[0]}/24", "dev", "bridge")
+        namespaces.ip("-n", host, "link", "set", "bridge", "up")
+        _iptables(host, DOCKER)
+        yield host, container
+
+
+@contextmanager
+def _hosts(program: Path, made: Bed) -> Iterator[dict[tuple[str, str], str]]:
+    """The clients' namespaces, with who listens there and beyond."""
+    hosts = {("wire", "ruled"): made.netns}
+    with ExitStack() as stack:
+        beyond = [made.beyond]
+        for kind in ("plain", "bare"):
+            hosts["wire", kind], there = stack.enter_context(namespaces.linked_namespaces(HERE, BEYOND))
+            beyond.append(there)
+        for kind in ("plain", "bare", "ruled"):
+            hosts["container", kind], there = stack.enter_context(_bridged())
+            beyond.append(there)
+            namespaces.ip("-n", hosts["wire", kind], "address", "add", TARGET, "dev", "lo")
+            hosts["loopback", kind] = hosts["wire", kind]
+        for place in ("wire", "container"):
+            _iptables(hosts[place, "bare"], BARE)
+        for netns in {*hosts.values(), *beyond}:
+            stack.enter_context(_serving(program, netns, OTHER_PORT, LISTEN_PORT))
+        yield hosts
+
+
 class Relay:
     """A process that a daemon started, which connects, or has others connect, when it is told to."""
 
@@ -219,16 +303,23 @@ class Relay:
 
 
 def run(lab: Lab, figures: Figures, workloads: Sequence[str], *, quick: bool) -> None:
-    counts = {CONNECT: 1000, STORM: 2000, SPAWN: 150} if quick else {CONNECT: 2000, STORM: 4000, SPAWN: 400}
-    rounds = 9 if quick else 31
+    connects = [name for name in workloads if name in CONNECTS]
+    if connects:
+        _rounds(lab, figures, connects, rounds=9 if quick else 61, count=600 if quick else 800)
+    if SPAWN in workloads:
+        _rounds(lab, figures, [SPAWN], rounds=51 if quick else 301, count=100)
+
+
+def _rounds(lab: Lab, figures: Figures, workloads: Sequence[str], *, rounds: int, count: int) -> None:
+    states = WORKLOADS[workloads[0]]
     for turn in range(rounds):
-        samples.tell(f"states, round {turn + 1} of {rounds}")
-        for state in samples.rotated(STATES, turn):
+        if turn % 10 == 0:
+            samples.tell(f"{workloads[0]} …, round {turn + 1} of {rounds}")
+        for state in samples.rotated(states, turn):
             with lab.entered(state):
                 for workload in workloads:
-                    if state in WORKLOADS[workload]:
-                        taken = figures.runs.setdefault((workload, state), [])
-                        taken.append(lab.measure(workload, state, counts[workload]))
+                    times = 2 * count if workload in STORMS else count
+                    figures.runs.setdefault((workload, state), []).append(lab.measure(workload, state, times))
 
 
 # --- programs and maps ------------------------------------------------------------------------------------------------
@@ -345,21 +436,17 @@ def bench(wanted: Callable[[str], bool], *, quick: bool) -> Figures:
         directory = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hopgate-bench-")))
         directory.chmod(0o711)
         program = _compile(directory)
-        plain = stack.enter_context(namespaces.namespace(TARGET))
         unhooked = stack.enter_context(cgroups.cgroup("unhooked"))
         made = stack.enter_context(bed("bench", kernel.MapSizes(), load=False))
         made.listener.close()
         made.scope = kernel.Scope(ports=(PORT,))
-        namespaces.ip("-n", made.netns, "address", "add", TARGET, "dev", "lo")
         # before the programs are loaded, so that it is found as the child of init that it is
         relay = Relay(lambda command: cgroups.inside(command, cgroup=made.cgroup, netns=made.netns), program)
         stack.callback(relay.close)
         made.load()
-        lab = Lab(made, program, plain, unhooked)
-        with (
-            _serving(program, plain, OTHER_PORT),
-            _serving(program, made.netns, OTHER_PORT, LISTEN_PORT),
-        ):
+        with _hosts(program, made) as hosts:
+            lab = Lab(made, program, hosts, unhooked)
+            lab.protect(hosts["container", "ruled"])
             workloads = [name for name in WORKLOADS if wanted(name)]
             if workloads:
                 run(lab, figures, workloads, quick=quick)
@@ -377,23 +464,18 @@ def bench(wanted: Callable[[str], bool], *, quick: bool) -> Figures:
 def table(figures: Figures) -> str:
     """The figures for people."""
     lines = []
-    if figures.runs:
-        lines.append(f"{'':26}" + "".join(f"{state:>21}" for state in STATES))
     for workload, states in WORKLOADS.items():
         if (workload, STATES[0]) not in figures.runs:
             continue
-        line = f"{workload:26}"
-        for state in STATES:
-            if state not in states:
-                line += f"{'-':>21}"
-                continue
+        lines.append(f"\n{workload:34}{'':>14}{'ratio':>7}   95 % of such")
+        for state in states:
             runs = figures.runs[workload, state]
-            if workload == STORM:
+            if workload in STORMS:
                 cell = f"{statistics.median(each.rate for each in runs):,.0f}/s"
             else:
                 cell = f"{statistics.median(each.p50_us for each in runs):,.1f} us"
-            line += f"{cell:>14}{figures.ratio(workload, state):>7.3f}"
-        lines.append(line)
+            low, high = figures.interval(workload, state)
+            lines.append(f"  {state:32}{cell:>14}{figures.ratio(workload, state):>7.3f}   {low:.3f} to {high:.3f}")
     if figures.programs:
         lines.append("\nprogram                  ns a run    runs a connect")
         for name, each in figures.programs.items():
@@ -420,6 +502,7 @@ def document(figures: Figures) -> dict[str, object]:
                 "workload": workload,
                 "state": state,
                 "ratio": figures.ratio(workload, state),
+                "interval": figures.interval(workload, state),
                 "samples": [vars(each) for each in runs],
             }
             for (workload, state), runs in figures.runs.items()

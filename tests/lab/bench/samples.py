@@ -6,6 +6,7 @@ import argparse
 import datetime
 import os
 import platform
+import random
 import re
 import statistics
 import sys
@@ -15,6 +16,7 @@ from typing import TypeVar
 
 T = TypeVar("T")
 TICK_S = 1 / os.sysconf("SC_CLK_TCK")
+RESAMPLES = 2000
 BUSY = 1.0
 """From this load on, figures tell more of the neighbours than of what is measured."""
 
@@ -67,6 +69,14 @@ def rotated(members: Sequence[T], turn: int) -> list[T]:
 def ratio(samples: Sequence[float], base: Sequence[float]) -> float:
     """The median of what each round says: what moves the machine from one round to the next cancels out."""
     return statistics.median(one / other for one, other in zip(samples, base, strict=True))
+
+
+def interval(samples: Sequence[float], base: Sequence[float]) -> tuple[float, float]:
+    """Where 95 of 100 such ratios would lie if the rounds were drawn again from those that there were (bootstrap)."""
+    pairs = [one / other for one, other in zip(samples, base, strict=True)]
+    draw = random.Random(0)
+    drawn = sorted(statistics.median(draw.choices(pairs, k=len(pairs))) for _ in range(RESAMPLES))
+    return drawn[RESAMPLES * 25 // 1000], drawn[RESAMPLES * 975 // 1000]
 
 
 def cpu_s(processes: Sequence[int]) -> float:
