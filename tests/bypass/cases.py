@@ -189,18 +189,6 @@ def _(bed: Bed) -> Seen:
     return bed.end(bed.run(command(bed, "root", "mark", "0x0f0e"), group="workers"))
 
 
-@case(
-    "SO_MARK forged in the workers' cgroup, after connect()",
-    "root",
-    CLOSED,
-    "the rules ask for the socket, not its mark",
-)
-def _(bed: Bed) -> Seen:
-    with daemon_gone(bed):
-        bed.begin()
-        return bed.end(bed.run(command(bed, "root", "mark_later", "0x0f0e", 5500), group="workers"))
-
-
 @case("SO_MARK forged in the workers' cgroup: UDP", "root", CLOSED)
 def _(bed: Bed) -> Seen:
     bed.begin()
@@ -746,6 +734,18 @@ def _(bed: Bed) -> Seen:
 def _(bed: Bed) -> Seen:
     with daemon_gone(bed):
         return attack(bed, "user", "plain")
+
+
+@case(
+    "SO_MARK forged in the workers' cgroup, after connect()",
+    "root",
+    CLOSED,
+    "the rules ask for the socket, not its mark",
+)
+def _(bed: Bed) -> Seen:
+    with daemon_gone(bed):
+        bed.begin()
+        return bed.end(bed.run(command(bed, "root", "mark_later", "0x0f0e", 5500), group="workers"))
 
 
 @case("theft of the listener's port while the daemon is gone", "user", CLOSED, "a port below 1024 is not for users")
