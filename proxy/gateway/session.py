@@ -18,10 +18,12 @@ import asyncio
 import os
 import secrets
 import socket
+import sys
 from collections import deque
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, Any, Final, assert_never
 
+import msgspec
 import structlog
 
 from proxy import ports
@@ -67,6 +69,42 @@ HINT_TARGET = "tell the operators of this runner: the reason is in hopgate's log
 class Session:
     """Made by the listener for each accepted connection."""
 
+    __slots__ = (
+        "_accepted",
+        "_audit_lost",
+        "_backlog",
+        "_certificate",
+        "_closing",
+        "_commands",
+        "_counted",
+        "_deadline",
+        "_derived",
+        "_dialled",
+        "_finished",
+        "_flushing",
+        "_held",
+        "_preview",
+        "_reaching",
+        "_reason",
+        "_running",
+        "_secret",
+        "_secret_until",
+        "_task",
+        "_unended",
+        "client",
+        "database",
+        "denied",
+        "id",
+        "judge",
+        "machine",
+        "operations",
+        "principals",
+        "recording",
+        "server",
+        "target",
+        "worker",
+    )
+
     def __init__(self, worker: Worker) -> None:
         self.worker = worker
         self.id = ""
@@ -96,8 +134,8 @@ class Session:
         self._secret_until = 0.0
         self._audit_lost = ""
         self._backlog = 0
-        self._commands: deque[base.Command] = deque()
-        self._carrying_out = False
+        self._commands: deque[base.Command] | None = None
+        """Those that are being carried out."""
         self._flushing = False
         self._closing = False
         self._reason = ""
@@ -266,16 +304,15 @@ class Session:
 
     def _carry_out(self, commands: base.Commands) -> None:
         """One after the other: what a ruling leads to waits its turn, since a pipeline may ask for thousands."""
-        self._commands.extend(commands)
-        if self._carrying_out:
+        if self._commands is not None:
+            self._commands.extend(commands)
             return
-        self._carrying_out = True
+        self._commands = deque(commands)
         try:
             while self._commands:
                 self._carry_out_one(self._commands.popleft())
         finally:
-            self._carrying_out = False
-            self._commands.clear()
+            self._commands = None
             if self.server is not None:
                 self.server.deliver()
             self.client.deliver()
@@ -336,7 +373,8 @@ class Session:
             self.recording.observed(seen.id, seen.channel, seen.data)
         except AuditUnavailable as error:
             self._lose_audit(error)
-            self._commands.clear()
+            if self._commands is not None:
+                self._commands.clear()
             self.farewell(f"it cannot be recorded: {error}", HINT_AUDIT)
 
     def _flush(self) -> None:
@@ -526,7 +564,9 @@ class Session:
 
     async def _fetch_secret(self) -> ports.Secret:
         """Raises `ports.Unavailable`."""
-        self._secret, descriptor = await self.worker.link.secret(self.id)
+        secret, descriptor = await self.worker.link.secret(self.id)
+        # a token may have a kilobyte, and all sessions at a target the same
+        self._secret = msgspec.structs.replace(secret, password=sys.intern(secret.password))
         if descriptor >= 0:
             try:
                 self._certificate = os.pread(descriptor, MAX_CERTIFICATE, 0)
@@ -768,6 +808,9 @@ class Session:
             log.exception("session failed", session=self.id)
             self._note(f"internal error: {type(error).__name__}")
             self.farewell("internal error in the gateway", "tell the operators of this runner")
+        finally:
+            if self._task is asyncio.current_task():
+                self._task = None
 
 
 def _unrecordable(ruling: Ruling, why: str) -> Ruling:

@@ -120,6 +120,19 @@ class Writer:
     whole, and so does every call after that; `completed` never raises, since what it tells has happened already.
     """
 
+    __slots__ = (
+        "_clock",
+        "_ended",
+        "_fd",
+        "_pieces",
+        "_released_us",
+        "_waiting",
+        "_waiting_bytes",
+        "digest",
+        "records",
+        "session",
+    )
+
     def __init__(
         self,
         fd: int,
