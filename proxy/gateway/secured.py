@@ -291,6 +291,11 @@ class Secured(asyncio.BufferedProtocol, asyncio.Transport):
             taken = incoming.write(data[start : start + PIECE])
             start += taken
             self._fruitless += taken
+        if self._fruitless:
+            # after a session ticket OpenSSL keeps a record's buffer until the next write; an empty one sends nothing
+            # (SSL_write_ex(3)), and whoever watches does not write for hours
+            with contextlib.suppress(ssl.SSLError):
+                self._object.write(b"")
         self._answer()
         if filled:
             self._protocol.buffer_updated(filled)
