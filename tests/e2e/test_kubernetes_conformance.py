@@ -23,6 +23,14 @@ SHORT = [
     ("Python kr8s", "watch"),
     ("Go client-go, protobuf", "apply"),
 ]
+MASKED = [
+    ("kubectl", "formats"),
+    ("kubectl", "apply, diff"),
+    ("oldest kubectl", "patch, label, edit"),
+    ("kubectl", "rollout"),
+    ("Python kr8s", "watch"),
+    ("Go client-go, protobuf", "apply"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +40,18 @@ def bed() -> Iterator[ClusterBed]:
         yield made
 
 
-@pytest.mark.parametrize("name, operation", SHORT, ids=lambda word: str(word).replace(", ", "-").replace(" ", "-"))
-def test_it_is_the_same_through_the_gateway(bed: ClusterBed, name: str, operation: str) -> None:
+@pytest.fixture(scope="module")
+def masked_bed() -> Iterator[ClusterBed]:
+    built_or_skipped()
+    with conformance.opened_bed(conformance.POLICY + conformance.MASKS) as made:
+        yield made
+
+
+def named(word: str) -> str:
+    return word.replace(", ", "-").replace(" ", "-")
+
+
+def differences(bed: ClusterBed, name: str, operation: str) -> list[str]:
     known = {
         "kubectl": f"kubectl {current_kubectl().name}",
         "oldest kubectl": f"kubectl {oldest_kubectl().name}",
@@ -41,4 +59,14 @@ def test_it_is_the_same_through_the_gateway(bed: ClusterBed, name: str, operatio
     (client,) = [
         each for each in conformance.clients() if each.name == known.get(name, name) and operation in each.operations
     ]
-    assert conformance.differences(bed, client, operation) == []
+    return conformance.differences(bed, client, operation)
+
+
+@pytest.mark.parametrize("name, operation", SHORT, ids=named)
+def test_it_is_the_same_through_the_gateway(bed: ClusterBed, name: str, operation: str) -> None:
+    assert differences(bed, name, operation) == []
+
+
+@pytest.mark.parametrize("name, operation", MASKED, ids=named)
+def test_it_is_the_same_through_masks_that_find_nothing(masked_bed: ClusterBed, name: str, operation: str) -> None:
+    assert differences(masked_bed, name, operation) == []
