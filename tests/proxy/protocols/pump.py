@@ -198,12 +198,14 @@ class _Connection:
             self.carry_out(self.machine.farewell(str(violation)))
 
     def carry_out(self, commands: list[Command]) -> None:
-        pending = list(commands)
+        pending = self.noted(commands)
         while pending:
-            command = pending.pop(0)
-            if not isinstance(command, Send):
-                self.pump.commands.append(command)
-            pending[:0] = self.one(command)
+            pending[:0] = self.noted(self.one(pending.pop(0)))
+
+    def noted(self, commands: list[Command]) -> list[Command]:
+        """Before the client hears of any, and looks."""
+        self.pump.commands += [command for command in commands if not isinstance(command, Send)]
+        return list(commands)
 
     def one(self, command: Command) -> list[Command]:
         pump, machine = self.pump, self.machine
