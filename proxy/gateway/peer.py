@@ -83,7 +83,9 @@ class Peer(asyncio.BufferedProtocol):
         """Bytes that were sent and have not come to the peer's kernel: they wait here or in ours."""
         if self.transport is None:
             return 0
-        connection: socket.socket = self.transport.get_extra_info("socket")
+        connection: socket.socket | None = self.transport.get_extra_info("socket")
+        if connection is None or connection.fileno() < 0:
+            return 0
         (queued,) = _INT.unpack(fcntl.ioctl(connection.fileno(), termios.TIOCOUTQ, bytes(_INT.size)))
         return self.transport.get_write_buffer_size() + cast(int, queued)
 

@@ -46,6 +46,9 @@ LOGIN_TIMEOUT_S = 60.0
 """From accept to the end of the login, like the server's own `authentication_timeout`."""
 FLUSH_TIMEOUT_S = 10.0
 """How long a closed session may take to deliver any of its last bytes."""
+LINGER_S = 1.0
+"""How long a client that has all of them may go on sending, and be heard by nobody, before it is reset: one in the
+middle of an upload that was refused is to find the refusal."""
 MESSAGE_TIMEOUT_S = 60.0
 """How long a client may take to end a message that it has begun."""
 CREDENTIAL_FRESH_S = 30.0
@@ -195,6 +198,8 @@ class Session:
         self._carry_out(first)
         if base.StartTls not in map(type, first) and self._accepted is not None:
             connection, self._accepted = self._accepted, None
+            # what is read at once may end the session, and uvloop tells nobody of a transport whose maker is cancelled
+            self._task = None
             await asyncio.get_running_loop().connect_accepted_socket(lambda: self.client, connection)
 
     async def _refuse_unrecorded(self, why: ports.Unavailable) -> None:
@@ -729,7 +734,8 @@ class Session:
         for peer in (self.client, self.server):
             if peer is not None:
                 peer.close()
-        asyncio.get_running_loop().call_later(FLUSH_TIMEOUT_S, self._give_up, self.client.unwritten())
+        loop = asyncio.get_running_loop()
+        loop.call_later(LINGER_S, self._see_off, self._undelivered(), loop.time() + FLUSH_TIMEOUT_S)
 
     def _withdraw(self, reason: str) -> None:
         assert self._held is not None
@@ -757,15 +763,29 @@ class Session:
             if peer is not None:
                 peer.abort()
 
-    def _give_up(self, unwritten: int) -> None:
-        """A client that still takes something of what was sent gets time for the rest. Whatever becomes of the sockets,
-        the recording gets its end."""
+    def _see_off(self, undelivered: int, deadline: float) -> None:
+        """A client that still takes something of what was sent gets time for the rest."""
         if self._finished:
             return
-        left = self.client.unwritten()
-        if 0 < left < unwritten:
-            asyncio.get_running_loop().call_later(FLUSH_TIMEOUT_S, self._give_up, left)
-            return
+        loop = asyncio.get_running_loop()
+        left = self._undelivered()
+        if left < undelivered:
+            deadline = loop.time() + FLUSH_TIMEOUT_S
+        if left and loop.time() < deadline:
+            loop.call_later(LINGER_S, self._see_off, left, deadline)
+        else:
+            self.end()
+
+    def _undelivered(self) -> int:
+        return self.client.unwritten() + (self.server.unwritten() if self.server is not None else 0)
+
+    @property
+    def delivered(self) -> bool:
+        """Whether it is closed, and both peers have what was sent to them."""
+        return self._closing and not self._undelivered()
+
+    def end(self) -> None:
+        """Whatever becomes of the sockets, the recording gets its end."""
         self._drop()
         self._finish()
 

@@ -53,6 +53,8 @@ MAX_CONTEXTS = 1024
 GC_THRESHOLD = 50_000
 """Net allocations between two runs of the cycle collector; sessions make few cycles, and few of them last."""
 GRACE_S = 2.0
+"""How long sessions may take to deliver their farewells when the worker stops."""
+DELIVERY_POLL_S = 0.02
 RESERVED_DESCRIPTORS = 64
 DESCRIPTORS_PER_SESSION = 3
 """Client, server, recording."""
@@ -67,8 +69,6 @@ class Worker:
         self.endpoints = listener.endpoints
         self.sessions: dict[str, Session] = {}
         self.stopping = asyncio.Event()
-        self.idle = asyncio.Event()
-        self.idle.set()
         self.policy_loaded = asyncio.Event()
         self.connections = 0
         limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -87,13 +87,10 @@ class Worker:
     def opened(self, session: Session) -> None:
         """A session has its id."""
         self.sessions[session.id] = session
-        self.idle.clear()
 
     def closed(self, session: Session) -> None:
         """A session is over."""
         self.sessions.pop(session.id, None)
-        if not self.sessions:
-            self.idle.set()
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         return self._tasks.create_task(work)
@@ -204,7 +201,10 @@ async def _serve(options: argparse.Namespace) -> None:
             session.farewell("the gateway on this host is stopping", "connect again")
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(GRACE_S):
-                await worker.idle.wait()
+                while worker.sessions:
+                    await asyncio.sleep(DELIVERY_POLL_S)
+                    for session in [each for each in worker.sessions.values() if each.delivered]:
+                        session.end()
         # what has not ended by now is told by the host agent from the recordings
         os._exit(0)
 
