@@ -859,14 +859,12 @@ def test_a_watch_keeps_nothing_of_the_events_that_it_has_shown() -> None:
     transformer = planned.transformer(200, JSON)
     tracemalloc.start()
     try:
-        held = []
         for _ in range(4):
             assert len(transformer.feed(body + b"\n")) > 20_000
-            held.append(tracemalloc.get_traced_memory()[0])
+        held, _ = tracemalloc.get_traced_memory()
     finally:
         tracemalloc.stop()
-    assert held[-1] < len(body) * 3 // 4
-    assert held[-1] - held[1] < 1_000
+    assert held < len(body) // 4
 
 
 def test_memory_is_bounded_by_one_object() -> None:
