@@ -790,7 +790,7 @@ class Session:
         self._finish()
 
     def _finish(self) -> None:
-        """Both sockets are gone: the recording is completed, and the host agent is told."""
+        """Both sockets are gone, or nobody waits for them: the recording is completed, and the host agent is told."""
         if self._finished:
             return
         self._finished = True
